@@ -1,0 +1,175 @@
+"""Engine-wide settings, the engine's shape, and the combinations refused at start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.errors import ConfigurationError
+from tokenprune.policies import EngineShape
+from tokenprune.request import Axes, parse_pruning
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONFIG_KEY = "tokenprune"
+MAX_KV_GROUPS = 12
+_SETTINGS = ("prune_layers", "default")
+_LLAVA = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+)
+_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `--additional-config '{"tokenprune": {...}}'` says.
+
+    Attributes:
+        prune_layers: Stage boundaries asked for, or None for the default of the model's depth.
+        default_pruning: Applied to requests that say nothing about pruning.
+    """
+
+    prune_layers: tuple[int, ...] | None
+    default_pruning: Axes
+
+
+def settings(vllm_config: VllmConfig) -> Settings:
+    """Read the plugin's settings.
+
+    Raises:
+        ConfigurationError: A key is unknown or a value has the wrong type.
+        PolicyError: The default pruning is not legal.
+    """
+    additional = vllm_config.additional_config
+    raw: Any = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
+    unknown = set(raw) - set(_SETTINGS)
+    if unknown:
+        raise ConfigurationError(
+            f"{CONFIG_KEY} settings must be among {', '.join(_SETTINGS)}, got {sorted(unknown)}"
+        )
+    layers = raw.get("prune_layers")
+    if layers is not None and not (
+        isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    ):
+        raise ConfigurationError(f"prune_layers must be a list of layer numbers, got {layers!r}")
+    return Settings(None if layers is None else tuple(layers), parse_pruning(raw.get("default")))
+
+
+def engine_shape(vllm_config: VllmConfig) -> EngineShape:
+    """Return what plans must know of this engine.
+
+    Raises:
+        ConfigurationError: The stage boundaries do not fit the model.
+    """
+    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    unsupported = visual_pruning_unsupported(vllm_config)
+    asked = settings(vllm_config).prune_layers
+    if asked is not None:
+        check_boundaries(num_layers, asked)
+        layers = asked
+    else:
+        layers = () if unsupported else default_boundaries(num_layers)
+    scheduler = vllm_config.scheduler_config
+    limits = [scheduler.max_num_batched_tokens]
+    # a threshold cuts long prefills into chunks, which is what "whole prompt" methods cannot take
+    if scheduler.long_prefill_token_threshold > 0:
+        limits.append(scheduler.long_prefill_token_threshold)
+    return EngineShape(num_layers, (0, *layers), min(limits), unsupported)
+
+
+def visual_pruning_unsupported(vllm_config: VllmConfig) -> str | None:
+    """Return why visual tokens of this model cannot be pruned, or None if they can."""
+    model = vllm_config.model_config
+    if not model.is_multimodal_model:
+        return f"{model.architecture} takes no images"
+    if model.uses_mrope:
+        return f"{model.architecture} uses M-RoPE positions, which are not supported yet"
+    if model.architecture not in _LLAVA:
+        return f"{model.architecture} is not among {', '.join(_LLAVA)}"
+    decoder = model.hf_text_config.model_type
+    if decoder not in _DECODERS:
+        return f"decoder type {decoder!r} is not among {', '.join(_DECODERS)}"
+    if model.get_sliding_window() is not None:
+        return "the decoder has sliding-window attention layers"
+    if model.is_mm_prefix_lm:
+        return "image tokens attend in both directions"
+    return None
+
+
+def default_boundaries(num_layers: int) -> tuple[int, ...]:
+    """Return boundaries near 1/4, 3/8 and 5/8 of the depth that make few KV cache groups.
+
+    vLLM cuts stages into groups of equal layer count, so boundaries are multiples of a divisor
+    of the depth where a suitable one exists.
+    """
+    divisors = [d for d in range(1, math.ceil(num_layers / 8) + 1) if num_layers % d == 0]
+    step = divisors[-1]
+    if num_layers // step > MAX_KV_GROUPS:
+        step = max(1, round(num_layers / 8))
+    layers = {
+        step * max(1, math.ceil(num_layers * share / step - 0.5)) for share in (1 / 4, 3 / 8, 5 / 8)
+    }
+    return tuple(sorted(layer for layer in layers if layer < num_layers))
+
+
+def num_kv_groups(num_layers: int, layers: tuple[int, ...]) -> int:
+    """Return how many KV cache groups vLLM makes of these stages."""
+    sizes = EngineShape(num_layers, (0, *layers), 0).stage_sizes()
+    largest, smallest = max(sizes), min(sizes)
+    # vLLM's own rule: pad to the largest stage where that wastes little
+    size = largest if largest < 1.5 * smallest else smallest
+    return sum(math.ceil(stage / size) for stage in sizes)
+
+
+def check_boundaries(num_layers: int, layers: tuple[int, ...]) -> None:
+    """Refuse boundaries that are out of range or too costly.
+
+    Raises:
+        ConfigurationError: With better boundaries, where the number of groups is the reason.
+    """
+    if list(layers) != sorted(set(layers)) or any(not 0 < b < num_layers for b in layers):
+        raise ConfigurationError(
+            f"prune_layers must ascend without repeats within 1..{num_layers - 1}, "
+            f"got {list(layers)}"
+        )
+    groups = num_kv_groups(num_layers, layers)
+    if groups > MAX_KV_GROUPS:
+        step = max(1, round(num_layers / 8))
+        better = sorted({step * max(1, round(b / step)) for b in layers} - {num_layers})
+        raise ConfigurationError(
+            f"prune_layers must make at most {MAX_KV_GROUPS} KV cache groups, got {groups} from "
+            f"{list(layers)}; try {better} or {list(default_boundaries(num_layers))}"
+        )
+
+
+def check_supported(vllm_config: VllmConfig) -> None:
+    """Refuse engine set-ups the plugin cannot serve correctly.
+
+    Raises:
+        ConfigurationError: Naming the setting and the reason.
+    """
+    parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
+    rows = engine_shape(vllm_config).prune_layers
+    refused = {
+        "the V1 model runner": not vllm_config.use_v2_model_runner,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "a KV connector": vllm_config.kv_transfer_config is not None,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "MLA attention": model.use_mla,
+        "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
+        "an encoder-decoder model": model.is_encoder_decoder,
+        "KV sharing fast prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+        "micro-batching": bool(parallel.use_ubatching),
+        "--disable-hybrid-kv-cache-manager with stage boundaries": bool(rows)
+        and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
+    }
+    for what, present in refused.items():
+        if present:
+            raise ConfigurationError(f"tokenprune does not support {what}; serve with vllm serve")

@@ -1,0 +1,44 @@
+"""From vLLM's placeholder ranges to a prompt layout; the same in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.engine.config import Settings
+from tokenprune.lengths import PromptLayout
+from tokenprune.policies import EngineShape
+from tokenprune.request import RequestPlan, has_flat, make_plan, parse_flat
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+VISUAL_MODALITIES = ("image", "video")
+
+
+def prompt_layout(num_tokens: int, ranges: Iterable[PlaceholderRange]) -> PromptLayout:
+    """Return the layout of a prompt with visual placeholders at `ranges`."""
+    spans = sorted(
+        (int(first), int(last) + 1) for r in ranges for first, last in r.extract_embeds_range()
+    )
+    return PromptLayout(num_tokens, tuple(spans))
+
+
+def visual_ranges(features: Iterable[MultiModalFeatureSpec]) -> list[PlaceholderRange]:
+    """Return the placeholder ranges of the images and videos among `features`."""
+    return [f.mm_position for f in features if f.modality in VISUAL_MODALITIES]
+
+
+def plan_request(
+    extra_args: Mapping[str, Any] | None,
+    layout: PromptLayout,
+    shape: EngineShape,
+    config: Settings,
+) -> RequestPlan:
+    """Plan one request from its flat keys, or from the server's default where it has none.
+
+    Raises:
+        PolicyError: The keys are not legal or do not fit the engine.
+    """
+    pruning = parse_flat(extra_args) if has_flat(extra_args) else config.default_pruning
+    return make_plan(pruning, layout, shape)

@@ -1,0 +1,283 @@
+"""The model runner: stages in the KV spec, physical slots, pruning steps outside CUDA graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from tokenprune.engine.config import engine_shape, settings
+from tokenprune.engine.kv_cache import StagedAttentionSpec
+from tokenprune.engine.model_state import StagedModelState, StagedStep, stage_groups
+from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
+from tokenprune.engine.scheduler import CHECKSUM
+from tokenprune.engine.staged_prefill import StagedPrefill
+from tokenprune.engine.stats import WorkerStats
+from tokenprune.engine.step import PrunedRequest, StageRows, stage_rows
+from tokenprune.errors import ConfigurationError, DivergenceError
+
+
+class PruningModelRunner(GPUModelRunner):
+    """vLLM's V2 model runner with physical lengths per stage."""
+
+    model_state: StagedModelState
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shape = engine_shape(self.vllm_config)
+        self._settings = settings(self.vllm_config)
+        self._staged: StagedPrefill | None = None
+        self._pruning_step = False
+        self.stats = WorkerStats(self.device)
+        # rows are vLLM's request indices; a row is None, or zero, for a request that is not pruned
+        self._pruned: list[PrunedRequest | None] = [None] * self.max_num_reqs
+        self._is_pruned = np.zeros(self.max_num_reqs, dtype=bool)
+        # how far the cache index lies behind the position once the prompt is complete
+        self._behind = np.zeros((len(self._shape.boundaries), self.max_num_reqs), dtype=np.int32)
+        self._behind_on_device = torch.from_numpy(self._behind.copy()).to(self.device)
+
+    def get_kv_cache_spec(self) -> Any:
+        """Give every layer's spec its stage."""
+        specs = super().get_kv_cache_spec()
+        boundaries = self._shape.boundaries
+        if len(boundaries) == 1:
+            return specs
+        staged = {}
+        for name, spec in specs.items():
+            if type(spec) is not FullAttentionSpec:
+                raise ConfigurationError(
+                    f"stage boundaries need full attention in every layer, got "
+                    f'{type(spec).__name__} in {name}; start with --prune-layers ""'
+                )
+            stage = np.searchsorted(boundaries, extract_layer_index(name), side="right") - 1
+            staged[name] = StagedAttentionSpec.of(spec, int(stage))
+        return staged
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then take its state and hook its layers."""
+        super().load_model(*args, **kwargs)
+        if type(self.model_state) is not DefaultModelState:
+            raise ConfigurationError(
+                f"tokenprune needs vLLM's default model state, got "
+                f"{type(self.model_state).__name__}; serve this model with vllm serve"
+            )
+        self.model_state = StagedModelState(
+            self.vllm_config, self.model, self.encoder_cache, self.device
+        )
+        if self._shape.unsupported is None:
+            self._staged = StagedPrefill(self.model, self._shape, self.device, self.stats)
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Initialise, then let pruning steps bypass CUDA graphs."""
+        super().initialize_kv_cache(*args, **kwargs)
+        self._groups = stage_groups(self.kv_cache_config)
+        self._slots_of_stage = torch.empty_like(self.block_tables.slot_mappings)
+        dispatch = self.cudagraph_manager.dispatch
+
+        @functools.wraps(dispatch)
+        def eager_when_pruning(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            descriptor = dispatch(num_reqs, num_tokens, *args, **kwargs)
+            if not self._pruning_step:
+                return descriptor
+            return BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.NONE,
+                num_tokens=num_tokens,
+                num_reqs=num_reqs,
+                num_active_loras=descriptor.num_active_loras,
+            )
+
+        self.cudagraph_manager.dispatch = eager_when_pruning
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Take over new requests; the scheduler says which of them are pruned."""
+        super().add_requests(scheduler_output)
+        checksum = getattr(scheduler_output, CHECKSUM, {})
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.req_id not in checksum:
+                continue
+            layout = prompt_layout(new.prompt_len, visual_ranges(new.mm_features))
+            plan = plan_request(new.sampling_params.extra_args, layout, self._shape, self._settings)
+            if plan.visual is None:
+                raise DivergenceError(f"the worker would not prune request {new.req_id}")
+            request = PrunedRequest(new.req_id, layout, plan)
+            index = self.req_states.req_id_to_index[new.req_id]
+            self._pruned[index] = request
+            self._is_pruned[index] = True
+            self._behind[:, index] = request.dropped_once_complete()
+            self._behind_on_device[:, index] = torch.from_numpy(self._behind[:, index]).to(
+                self.device
+            )
+
+    def _remove_request(self, req_id: str) -> bool:
+        index = self.req_states.req_id_to_index.get(req_id)
+        if index is not None and self._is_pruned[index]:
+            self._pruned[index] = None
+            self._is_pruned[index] = False
+            self._behind[:, index] = 0
+            self._behind_on_device[:, index] = 0
+        return super()._remove_request(req_id)
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Run a step; outside CUDA graphs and compiled code if it prunes."""
+        checksum = getattr(scheduler_output, CHECKSUM, {})
+        self._pruning_step = any(
+            computed - scheduler_output.num_scheduled_tokens[request_id]
+            < self._prompt_len(request_id, scheduler_output)
+            for request_id, (computed, _) in checksum.items()
+        )
+        try:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            self._pruning_step = False
+            if self._staged is not None:
+                self._staged.disarm()
+
+    def _prompt_len(self, request_id: str, scheduler_output: SchedulerOutput) -> int:
+        for new in scheduler_output.scheduled_new_reqs:
+            if new.req_id == request_id:
+                return int(new.prompt_len)
+        return int(self.req_states.prompt_len.np[self.req_states.req_id_to_index[request_id]])
+
+    def update_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Update, then check that the scheduler counts as we do."""
+        super().update_requests(scheduler_output)
+        for request_id, expected in getattr(scheduler_output, CHECKSUM, {}).items():
+            index = self.req_states.req_id_to_index[request_id]
+            computed = int(self.req_states.num_computed_tokens_np[index])
+            computed += scheduler_output.num_scheduled_tokens[request_id]
+            request = self._pruned[index]
+            found = (computed, request.physical(computed)) if request is not None else None
+            if found != expected:
+                raise DivergenceError(
+                    f"request {request_id}: the scheduler counts {expected}, the worker {found}"
+                )
+
+    def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[Tensor, ...], Any]:
+        """Compute block tables and slots, by physical length where requests are pruned."""
+        self.model_state.step = None
+        indices = input_batch.idx_mapping_np
+        if not self._is_pruned[indices].any():
+            return super().prepare_attn(input_batch)
+        block_tables = self.block_tables.gather_block_tables(
+            input_batch.idx_mapping, num_reqs_padded=input_batch.num_reqs_after_padding
+        )
+        if self._pruning_step:
+            return block_tables, self._pruning_slots(input_batch)
+        return block_tables, self._shifted_slots(input_batch)
+
+    def _shifted_slots(self, batch: InputBatch) -> Tensor:
+        """All stages have the same rows; only cache indices lie behind positions."""
+        behind_np = self._behind[:, batch.idx_mapping_np]
+        behind = self._behind_on_device[:, batch.idx_mapping]
+        num_reqs, num_tokens = batch.num_reqs, batch.num_tokens
+        of_token = behind
+        if num_tokens != num_reqs:
+            counts = torch.from_numpy(batch.num_scheduled_tokens).to(self.device)
+            of_token = behind.repeat_interleave(counts, dim=1, output_size=num_tokens)
+        batches = []
+        for stage in range(len(self._groups)):
+            indices = batch.positions[:num_tokens] - of_token[stage]
+            self._fill_slots(stage, batch, batch.query_start_loc, indices)
+            seq_lens = batch.seq_lens.clone()
+            seq_lens[:num_reqs] -= behind[stage]
+            upper = batch.seq_lens_cpu_upper_bound.clone()
+            upper[:num_reqs] -= torch.from_numpy(behind_np[stage])
+            batches.append(
+                dataclasses.replace(batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper)
+            )
+        self.model_state.step = StagedStep(batch, batches)
+        return self.block_tables.slot_mappings[:, : batch.num_tokens_after_padding]
+
+    def _pruning_slots(self, batch: InputBatch) -> list[Tensor]:
+        """Later stages have fewer rows; arm the hooks that drop the others."""
+        requests = [self._pruned[i] for i in batch.idx_mapping_np]
+        computed, scheduled = batch.num_computed_tokens_np, batch.num_scheduled_tokens
+        stages = stage_rows(requests, computed, scheduled, len(self._groups))
+        slots: list[Tensor] = [batch.positions] * len(self.kv_cache_config.kv_cache_groups)
+        batches = []
+        for stage, rows in enumerate(stages):
+            stage_batch = self._stage_batch(batch, rows)
+            indices = torch.from_numpy(rows.cache_indices()).to(self.device)
+            self._fill_slots(stage, batch, stage_batch.query_start_loc, indices)
+            for group in self._groups[stage]:
+                view = self.block_tables.slot_mappings[group, : rows.num_rows]
+                if len(rows.idle):
+                    view[torch.from_numpy(rows.idle.astype(np.int64))] = PAD_SLOT_ID
+                slots[group] = view
+            batches.append(stage_batch)
+        self.model_state.step = StagedStep(batch, batches)
+        assert self._staged is not None
+        self._staged.arm(requests, computed, scheduled, stages)
+        self._count_complete(requests, computed, scheduled)
+        return slots
+
+    def _stage_batch(self, batch: InputBatch, rows: StageRows) -> InputBatch:
+        starts = rows.starts
+        seq_lens = torch.from_numpy(rows.seq_lens)
+        return dataclasses.replace(
+            batch,
+            num_scheduled_tokens=rows.counts,
+            num_tokens=rows.num_rows,
+            num_tokens_after_padding=rows.num_rows,
+            query_start_loc=torch.from_numpy(starts).to(self.device),
+            query_start_loc_np=starts,
+            seq_lens=seq_lens.to(self.device),
+            seq_lens_cpu_upper_bound=seq_lens,
+        )
+
+    def _fill_slots(
+        self, stage: int, batch: InputBatch, query_start_loc: Tensor, indices: Tensor
+    ) -> None:
+        # vLLM's kernel serves all groups at once; this stage's rows of its result are kept
+        self.block_tables.compute_slot_mappings(
+            batch.idx_mapping,
+            query_start_loc,
+            indices,
+            num_tokens_padded=batch.num_tokens_after_padding,
+            out=self._slots_of_stage,
+        )
+        for group in self._groups[stage]:
+            self.block_tables.slot_mappings[group].copy_(self._slots_of_stage[group])
+
+    def _count_complete(
+        self, requests: list[PrunedRequest | None], computed: np.ndarray, scheduled: np.ndarray
+    ) -> None:
+        for request, before, new in zip(requests, computed, scheduled, strict=True):
+            if request is None or not before < request.layout.num_tokens <= before + new:
+                continue
+            policy, visual = request.plan.pruning.policy("visual"), request.plan.visual
+            assert policy is not None
+            assert visual is not None
+            self.stats.count_visual(
+                str(policy.model_dump()["method"]), request.layout.num_visual, visual.kept[-1]
+            )
+
+    def kv_bytes_saved(self) -> int:
+        """Return the bytes of KV blocks that live pruned requests do without, from block tables."""
+        saved = 0
+        for index in np.flatnonzero(self._is_pruned):
+            computed = int(self.req_states.num_computed_tokens_np[index])
+            for group, config in enumerate(self.kv_cache_config.kv_cache_groups):
+                spec = config.kv_cache_spec
+                held = int(self.block_tables.num_blocks.np[group, index])
+                unpruned = -(-computed // spec.block_size)
+                saved += max(0, unpruned - held) * spec.page_size_bytes * len(config.layer_names)
+        return saved
+
+
+class CPUPruningModelRunner(PruningModelRunner, CPUModelRunner):
+    """The same on the CPU."""

@@ -1,0 +1,105 @@
+"""The scheduler: plans each request, keeps whole-prompt prefills whole, and sends a checksum."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from tokenprune.engine.config import check_supported, engine_shape, settings
+from tokenprune.engine.kv_cache import StagedManager
+from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
+from tokenprune.errors import PolicyError
+from tokenprune.request import RequestPlan
+
+logger = logging.getLogger(__name__)
+
+# attribute added to SchedulerOutput: {request id: (tokens computed after the step, physical
+# lengths per stage then)} of the pruned requests in the step
+CHECKSUM = "tokenprune"
+
+
+class PruningScheduler(AsyncScheduler):
+    """vLLM's scheduler with block accounting by physical length."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_supported(self.vllm_config)
+        self._shape = engine_shape(self.vllm_config)
+        self._settings = settings(self.vllm_config)
+        self._plans: dict[str, RequestPlan] = {}
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, StagedManager):
+                manager.plans = self._plans
+
+    def add_request(self, request: Request) -> None:
+        """Plan the request before vLLM queues it."""
+        # a session that grows by streaming has no fixed prompt to plan for
+        if request.request_id not in self.requests and not request.resumable:
+            plan = self._plan(request)
+            if plan is not None and plan.lengths is not None:
+                self._plans[request.request_id] = plan
+                request.skip_reading_prefix_cache = True
+        super().add_request(request)
+
+    def _plan(self, request: Request) -> RequestPlan | None:
+        params = request.sampling_params
+        if params is None:
+            return None
+        layout = prompt_layout(request.num_prompt_tokens, visual_ranges(request.mm_features))
+        try:
+            return plan_request(params.extra_args, layout, self._shape, self._settings)
+        except PolicyError as error:
+            # the API refused this already; offline callers can still get here, and an
+            # exception would take the engine and every other request down
+            logger.warning("request %s is served unpruned: %s", request.request_id, error)
+            return None
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        plan = self._plans.get(request.request_id)
+        if plan is None or not plan.needs_whole_prompt or num_computed_tokens > 0:
+            return super()._try_schedule_encoder_inputs(
+                request,
+                num_computed_tokens,
+                num_new_tokens,
+                encoder_compute_budget,
+                *args,
+                **kwargs,
+            )
+        # zero tokens stop the admission loop here, so the prompt goes first in a later step
+        # and later arrivals cannot starve it
+        wait: Any = ([], 0, encoder_compute_budget, [], [])
+        if num_new_tokens < request.num_prompt_tokens:
+            return wait
+        result = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
+        )
+        return result if result[1] >= request.num_prompt_tokens else wait
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule a step and add the checksum of physical lengths."""
+        output = super().schedule(*args, **kwargs)
+        if self._plans:
+            checksum = {}
+            for request_id in output.num_scheduled_tokens:
+                plan = self._plans.get(request_id)
+                if plan is not None and plan.lengths is not None:
+                    computed = self.requests[request_id].num_computed_tokens
+                    checksum[request_id] = (computed, plan.lengths.all_stages(computed))
+            setattr(output, CHECKSUM, checksum)
+        return output
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self._plans.pop(request.request_id, None)

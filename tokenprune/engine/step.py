@@ -1,0 +1,126 @@
+"""What one step of the worker computes per stage, in integers: which rows, slots and lengths.
+
+For requests that are not pruned, or whose prompt is complete, every stage sees the same rows and
+only the cache index moves. While a pruned prompt is prefilled ("a pruning step") later stages see
+fewer rows. How many is known before the forward pass, so attention metadata and slot mappings
+are built up front; which rows a data-dependent policy keeps is decided inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenprune.lengths import PromptLayout
+from tokenprune.request import RequestPlan
+
+IntArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedRequest:
+    """A pruned request as the worker knows it."""
+
+    request_id: str
+    layout: PromptLayout
+    plan: RequestPlan
+
+    def physical(self, num_computed: int) -> tuple[int, ...]:
+        """Return the physical length of every stage."""
+        assert self.plan.lengths is not None
+        return self.plan.lengths.all_stages(num_computed)
+
+    def dropped_once_complete(self) -> tuple[int, ...]:
+        """Return, per stage, how far the cache index lies behind the position in decode."""
+        n = self.layout.num_tokens
+        return tuple(n - p for p in self.physical(n))
+
+
+@dataclass(frozen=True, slots=True)
+class StageRows:
+    """The rows of one stage in one step.
+
+    Attributes:
+        counts: `[num_reqs]` rows of each request.
+        starts: `[num_reqs + 1]` where each request's rows begin.
+        base: `[num_reqs]` cache index of each request's first row.
+        seq_lens: `[num_reqs]` physical length after the step.
+        idle: Rows that stand in for a request with nothing to compute here: attention cannot
+            take an empty query, so one row runs, is not written to the cache and is not read.
+    """
+
+    counts: IntArray
+    starts: IntArray
+    base: IntArray
+    seq_lens: IntArray
+    idle: IntArray
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole stage."""
+        return int(self.starts[-1])
+
+    def cache_indices(self) -> NDArray[np.int64]:
+        """Return the cache index of every row, int64 `[num_rows]`."""
+        within = np.arange(self.num_rows) - np.repeat(self.starts[:-1], self.counts)
+        return np.repeat(self.base, self.counts) + within
+
+
+def stage_rows(
+    requests: Sequence[PrunedRequest | None],
+    computed: IntArray,
+    scheduled: IntArray,
+    num_stages: int,
+) -> list[StageRows]:
+    """Count the rows of every stage of a step.
+
+    Args:
+        requests: `[num_reqs]` the pruned requests of the batch, None for the others.
+        computed: `[num_reqs]` tokens computed before the step.
+        scheduled: `[num_reqs]` tokens of the step.
+        num_stages: Stages of the engine.
+    """
+    before = np.repeat(computed[None], num_stages, axis=0).astype(np.int32)
+    after = before + scheduled.astype(np.int32)
+    for i, request in enumerate(requests):
+        if request is not None:
+            before[:, i] = request.physical(int(computed[i]))
+            after[:, i] = request.physical(int(computed[i] + scheduled[i]))
+    stages = []
+    for stage in range(num_stages):
+        counts = after[stage] - before[stage]
+        empty = np.flatnonzero(counts == 0)
+        counts = np.maximum(counts, 1)
+        starts = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts[1:])
+        stages.append(
+            StageRows(
+                counts=counts,
+                starts=starts,
+                base=before[stage],
+                seq_lens=np.maximum(after[stage], 1),
+                idle=starts[empty],
+            )
+        )
+    return stages
+
+
+def known_rows(request: PrunedRequest, computed: int, scheduled: int) -> list[IntArray]:
+    """Return, per stage, which of a chunk's tokens are kept, for a plan that knows beforehand.
+
+    Returns:
+        Ascending offsets into the chunk; never empty, see `StageRows.idle`.
+    """
+    lengths = request.plan.lengths
+    assert lengths is not None
+    rows = []
+    kept = np.arange(computed, computed + scheduled, dtype=np.int32)
+    for dropped in lengths.dropped:
+        assert not isinstance(dropped, int), "the plan does not know its rows"
+        left = kept[~np.isin(kept, np.asarray(dropped, dtype=np.int32), assume_unique=True)]
+        kept = left if len(left) else kept[-1:]
+        rows.append((kept - computed).astype(np.int32))
+    return rows

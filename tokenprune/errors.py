@@ -1,0 +1,38 @@
+"""Every exception the package raises on purpose.
+
+    TokenPruneError
+    ├── PolicyError (ValueError)        a request names a method, key or value that is not legal
+    ├── ConfigurationError (ValueError) the engine cannot be started this way
+    ├── VersionError (ImportError)      vLLM is outside the tested range
+    └── DivergenceError (RuntimeError)  scheduler and worker disagree about physical lengths
+
+Messages follow one grammar: *subject* must be *rule*, got *value*; *way out*.
+"""
+
+
+class TokenPruneError(Exception):
+    """Base of all errors of this package."""
+
+
+class PolicyError(TokenPruneError, ValueError):
+    """A request asks for something illegal; becomes an HTTP 400.
+
+    Attributes:
+        param: Dotted path of the offending key, e.g. `pruning.visual.keep_ratio`.
+    """
+
+    def __init__(self, message: str, param: str = "pruning") -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ConfigurationError(TokenPruneError, ValueError):
+    """The engine's settings and the plugin do not go together."""
+
+
+class VersionError(TokenPruneError, ImportError):
+    """The installed vLLM is not one this version was tested with."""
+
+
+class DivergenceError(TokenPruneError, RuntimeError):
+    """Scheduler and worker computed different physical lengths; going on would corrupt KV."""

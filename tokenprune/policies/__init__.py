@@ -1,0 +1,27 @@
+"""One file per method; importing this package registers them all."""
+
+import importlib
+import pkgutil
+
+from tokenprune.policies.base import (
+    EngineShape,
+    PlanSkipped,
+    Policy,
+    SelectInputs,
+    VisualPlan,
+    VisualPolicy,
+    policies,
+)
+
+__all__ = [
+    "EngineShape",
+    "PlanSkipped",
+    "Policy",
+    "SelectInputs",
+    "VisualPlan",
+    "VisualPolicy",
+    "policies",
+]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,226 @@
+"""The `pruning` field of a request: parsing, presets, flat keys, and the plan that follows.
+
+A request says what it wants in one of three forms, all equal:
+
+* nested: `"pruning": {"visual": {"method": "transprune", "keep_ratio": 0.25}}`
+* a preset by name: `"pruning": "balanced"`; `"off"` turns the server's default off
+* flat scalars for `vllm_xargs`: `{"pruning_visual_method": "transprune", ...}` or
+  `{"pruning": "balanced"}`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from tokenprune.errors import PolicyError
+from tokenprune.lengths import PhysicalLengths, PromptLayout
+from tokenprune.policies import EngineShape, PlanSkipped, Policy, VisualPlan, VisualPolicy, policies
+
+AXES: tuple[Literal["visual", "kv", "channels"], ...] = ("visual", "kv", "channels")
+FLAT_PREFIX = "pruning_"
+FLAT_PRESET = "pruning"
+
+
+def _axis_union(axis: Literal["visual", "kv", "channels"]) -> Any:
+    members = tuple(policies(axis).values())
+    union = Union[members] if len(members) > 1 else members[0]  # noqa: UP007 (built at run time)
+    return Annotated[union, Field(discriminator="method")] if len(members) > 1 else union
+
+
+class Axes(BaseModel):
+    """The parsed field; `Pruning` below adds one attribute per axis that has methods."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def policy(self, axis: str) -> Policy | None:
+        """Return the policy asked for on `axis`, or None."""
+        return getattr(self, axis, None)
+
+    @property
+    def is_off(self) -> bool:
+        """True when nothing is to be pruned."""
+        return all(self.policy(axis) is None for axis in AXES)
+
+
+Pruning: type[Axes] = create_model(  # type: ignore[call-overload]
+    "Pruning",
+    __base__=Axes,
+    __doc__="What to prune, per axis; an axis left out is not pruned.",
+    __module__=__name__,
+    **{
+        axis: (_axis_union(axis) | None, Field(default=None, description=f"How to prune {axis}."))
+        for axis in AXES
+        if policies(axis)
+    },
+)
+PresetName = Literal["off", "safe", "balanced", "aggressive"]
+PRESETS: dict[str, dict[str, Any]] = {
+    "off": {},
+    "safe": {"visual": {"method": "transprune", "keep_ratio": 0.5}},
+    "balanced": {"visual": {"method": "transprune", "keep_ratio": 0.25}},
+    "aggressive": {"visual": {"method": "transprune", "keep_ratio": 0.125}},
+}
+PruningField = PresetName | Pruning  # type: ignore[valid-type]
+OFF = Pruning()
+
+
+def parse_pruning(value: object) -> Axes:
+    """Return the parsed field.
+
+    Args:
+        value: A preset's name, a mapping of axes, a parsed field, or None for off.
+
+    Raises:
+        PolicyError: Anything unknown or out of range; `param` names the key.
+    """
+    if value is None:
+        return OFF
+    if isinstance(value, Axes):
+        return value
+    if isinstance(value, str):
+        if value not in PRESETS:
+            raise PolicyError(
+                f"pruning must be one of {', '.join(PRESETS)} or an object, got {value!r}"
+            )
+        return parse_pruning(PRESETS[value])
+    if not isinstance(value, Mapping):
+        raise PolicyError(
+            f"pruning must be a preset name ({', '.join(PRESETS)}) or an object, "
+            f"got {type(value).__name__}"
+        )
+    try:
+        return Pruning.model_validate(dict(value))
+    except ValidationError as error:
+        raise _policy_error(error, value) from None
+
+
+def flatten(pruning: Axes) -> dict[str, Any]:
+    """Return the flat scalar and list keys that `parse_flat` reads back."""
+    if pruning.is_off:
+        return {FLAT_PRESET: "off"}
+    return {
+        f"{FLAT_PREFIX}{axis}_{key}": value
+        for axis in AXES
+        if (policy := pruning.policy(axis)) is not None
+        for key, value in {
+            "method": policy.model_dump()["method"],
+            **policy.model_dump(exclude_unset=True),
+        }.items()
+        if value is not None
+    }
+
+
+def has_flat(extra_args: Mapping[str, Any] | None) -> bool:
+    """Return whether `extra_args` say anything about pruning."""
+    return any(k == FLAT_PRESET or k.startswith(FLAT_PREFIX) for k in extra_args or ())
+
+
+def parse_flat(extra_args: Mapping[str, Any] | None) -> Axes:
+    """Parse the flat keys among a request's `extra_args`; other keys are ignored.
+
+    Raises:
+        PolicyError: A key is unknown or a value out of range.
+    """
+    flat = {k: v for k, v in (extra_args or {}).items() if k.startswith(FLAT_PREFIX)}
+    preset = (extra_args or {}).get(FLAT_PRESET)
+    if preset is not None:
+        if flat:
+            raise PolicyError(f"pruning and {min(flat)} exclude each other; leave one out")
+        return parse_pruning(preset)
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        axis, _, name = key.removeprefix(FLAT_PREFIX).partition("_")
+        if not name:
+            raise PolicyError(f"{key} is unknown; flat keys read pruning_<axis>_<key>", key)
+        nested.setdefault(axis, {})[name] = value
+    return parse_pruning(nested)
+
+
+def _policy_error(error: ValidationError, value: Mapping[str, Any]) -> PolicyError:
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    axis = location[0] if location else ""
+    asked = value.get(axis)
+    # pydantic names the union member behind the axis; users never wrote it
+    if len(location) > 1 and location[1] in policies(axis):
+        location.pop(1)
+    param = ".".join(["pruning", *location])
+    got = first.get("input")
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = Pruning.model_fields
+        if isinstance(asked, Mapping) and len(location) > 1:
+            known = policies(axis)[str(asked.get("method"))].model_fields
+        message = f"{param} is unknown; known keys: {', '.join(sorted(known))}"
+    elif kind == "union_tag_invalid":
+        param += ".method"
+        message = f"{param} must be one of {', '.join(policies(axis))}, got {context['tag']}"
+    elif kind == "union_tag_not_found":
+        param += ".method"
+        message = f"{param} must be given; known: {', '.join(policies(axis))}"
+    elif kind == "value_error":
+        # our own validators' messages begin with the key they are about
+        message = f"{param}.{context['error']}"
+        param = message.split()[0]
+    else:
+        rule = first["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
+        message = f"{param} must be {_interval(axis, asked, location) or rule}, got {got!r}"
+    return PolicyError(message, param)
+
+
+def _interval(axis: str, asked: object, location: list[str]) -> str | None:
+    """Return the legal interval of a numeric parameter, e.g. `in (0, 1]`."""
+    if not isinstance(asked, Mapping) or len(location) != 2:
+        return None
+    policy = policies(axis)[str(asked.get("method"))]
+    schema = policy.model_json_schema()["properties"][location[1]]
+    low, high = schema.get("exclusiveMinimum", schema.get("minimum")), schema.get("maximum")
+    if low is None:
+        return None
+    kind = "an integer" if schema["type"] == "integer" else "a number"
+    opening = "(" if "exclusiveMinimum" in schema else "["
+    return f"{kind} in {opening}{low:g}, " + ("inf)" if high is None else f"{high:g}]")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPlan:
+    """What happens to one request: the same in every process.
+
+    Attributes:
+        pruning: What was asked for.
+        visual: The plan of the visual axis, or None.
+        skipped: Reason per axis that was asked for and is not applied.
+    """
+
+    pruning: Axes
+    visual: VisualPlan | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> PhysicalLengths | None:
+        """Physical lengths, or None when nothing is pruned."""
+        return self.visual.lengths if self.visual is not None else None
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """True when the prompt must be prefilled in one step."""
+        return self.visual is not None and self.visual.ranks is None
+
+
+def make_plan(pruning: Axes, prompt: PromptLayout, engine: EngineShape) -> RequestPlan:
+    """Plan one request.
+
+    Raises:
+        PolicyError: What was asked for does not fit the engine.
+    """
+    policy = pruning.policy("visual")
+    if not isinstance(policy, VisualPolicy):
+        return RequestPlan(pruning)
+    try:
+        return RequestPlan(pruning, visual=policy.plan(prompt, engine))
+    except PlanSkipped as skipped:
+        return RequestPlan(pruning, skipped={"visual": skipped.reason})
