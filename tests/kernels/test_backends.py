@@ -1,0 +1,99 @@
+"""Which backend runs, and that Triton stays out of the way until it does."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from tokenprune.kernels import transition_scores
+from tokenprune.kernels.ops.launch import choose_backend
+
+
+def _run(script, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    return subprocess.run(
+        command, env=inherited | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_device_chooses_when_the_caller_does_not():
+    assert choose_backend(None, torch.device("cuda", 1)) == "triton"
+    assert choose_backend(None, torch.device("cpu")) == "torch"
+    assert choose_backend("torch", torch.device("cuda")) == "torch"
+
+
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, visual = torch.ones(3, 4), torch.ones(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"on a CUDA device .*, got cpu; .*INTERPRET"):
+        transition_scores(x, x, visual, backend="triton")
+
+
+def test_the_torch_forms_work_without_triton():
+    done = _run("""
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from tokenprune.kernels import instruction_attention, transition_scores
+        x, visual = torch.ones(3, 4), torch.tensor([True, True, False])
+        assert transition_scores(x, x, visual).tolist() == [0.5, 0.5]
+        rows = torch.tensor([2])
+        assert instruction_attention(x[None, :1], x[None], rows, visual, scale=1).shape == (2,)
+        try:
+            transition_scores(x, x, visual, backend="triton")
+        except ValueError as error:
+            assert "use backend='torch'" in str(error)
+        else:
+            raise AssertionError("triton ran")
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_late_switch_is_refused_with_the_way_out():
+    done = _run("""
+        import os, torch, triton
+        os.environ["TRITON_INTERPRET"] = "1"
+        from tokenprune.kernels import transition_scores
+        x, visual = torch.ones(3, 4), torch.ones(3, dtype=torch.bool)
+        transition_scores(x, x, visual, backend="triton")
+    """)
+    assert "ValueError: tensors must be on a CUDA device" in done.stderr
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+    # the interpreter accepts more than the compiler does
+    done = _run(
+        """
+        from triton import compile
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from tokenprune.kernels.ops import instruction_attention, transition_scores
+
+        inputs = ("x_in_ptr", "x_out_ptr", "q_ptr", "k_ptr")
+        types = dict.fromkeys(inputs, "*bf16") | {
+            "visual_ptr": "*i1", "rows_ptr": "*i64", "q_rows_ptr": "*i64",
+            "visual_keys_ptr": "*i64", "scale_log2": "fp32",
+        }
+        constants = {
+            "SIGNED": False, "ALL_ROWS": False, "BLOCK": 256, "BLOCK_D": 1024, "WIDEN": False,
+            "BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_DH": 64, "SPLITS": 4,
+        }
+        for kernel in transition_scores._kernels() + instruction_attention._kernels():
+            signature = {
+                name: "constexpr" if name in constants
+                else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+                for name in kernel.arg_names
+            }
+            used = {name: constants[name] for name in kernel.arg_names if name in constants}
+            source = ASTSource(kernel, signature, used)
+            assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+            print(kernel.__name__)
+        """,
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 4
