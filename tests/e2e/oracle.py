@@ -1,0 +1,183 @@
+"""A plain transformers loop in float64 that drops the same visual rows: the engine's oracle.
+
+Nothing here is shared with the product but the plan's integers (kept counts and known ranks).
+Scores are written out again from the formulas of arXiv 2507.20630 and its released code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+@dataclass
+class Pruned:
+    """How to prune: per cut layer the kept count, and the ranks where they are known."""
+
+    cuts: dict[int, int]
+    ranks: dict[int, list[int]] | None = None
+    observed: range = range(0)
+    form: str = "code"
+    alpha: float = 0.5
+
+
+@dataclass
+class Trace:
+    """What the oracle did: log-probs of each generated token, and the kept ranks per cut."""
+
+    logprobs: list[Tensor] = field(default_factory=list)
+    kept: dict[int, list[int]] = field(default_factory=dict)
+
+
+class Oracle:
+    """One checkpoint, loaded by transformers."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=torch.float64, attn_implementation="eager"
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.decoder = self.model.model.language_model
+
+    @torch.inference_mode()
+    def embed(self, prompt: str, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Return input embeddings `[n, C]` and the bool mask of visual rows `[n]`."""
+        inputs = self.processor(text=prompt, images=images or None, return_tensors="pt")
+        for key, value in inputs.items():
+            if value.is_floating_point():
+                inputs[key] = value.double()
+        captured: dict[str, Tensor] = {}
+
+        def stop(module: object, args: object, kwargs: dict[str, Tensor]) -> None:
+            captured.update(kwargs)
+            raise StopIteration
+
+        handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(**inputs)
+        except (StopIteration, RuntimeError):
+            pass
+        finally:
+            handle.remove()
+        visual = inputs["input_ids"][0] == self.model.config.image_token_id
+        return captured["inputs_embeds"][0], visual
+
+    @torch.inference_mode()
+    def run(
+        self,
+        prompt: str,
+        images: list[Image.Image],
+        generated: list[int],
+        pruned: Pruned | None = None,
+    ) -> Trace:
+        """Score `generated` token by token after `prompt`, pruning as asked."""
+        pruned = pruned or Pruned({})
+        trace = Trace()
+        hidden, visual = self.embed(prompt, images)
+        n = hidden.shape[0]
+        positions = torch.arange(n)
+        ranks = torch.arange(int(visual.sum()))
+        num_text_after = n - 1 - int(visual.nonzero()[-1]) if visual.any() else 0
+        total = torch.zeros(len(ranks), dtype=torch.float64)
+        cache: list[tuple[Tensor, Tensor]] = []
+        for index, layer in enumerate(self.decoder.layers):
+            keep = pruned.cuts.get(index)
+            if keep is not None and keep < len(ranks):
+                if pruned.ranks is not None:
+                    chosen = torch.isin(ranks, torch.tensor(pruned.ranks[index])).nonzero()[:, 0]
+                else:
+                    iga = self._iga(layer, hidden, positions, visual, num_text_after)
+                    chosen = _top(_mix(total, iga, pruned), keep)
+                alive = ~visual
+                alive[visual.nonzero()[chosen, 0]] = True
+                ranks, total = ranks[chosen], total[chosen]
+                trace.kept[index] = ranks.tolist()
+                hidden, positions, visual = hidden[alive], positions[alive], visual[alive]
+            hidden, parts, kv = self._layer(layer, hidden, positions, None)
+            cache.append(kv)
+            if index in pruned.observed:
+                for x_in, x_out in parts:
+                    total = total + _ttv(x_in, x_out, visual, pruned.form)
+        trace.logprobs.append(self._logprobs(hidden[-1]))
+        for step, token in enumerate(generated[:-1]):
+            hidden = self.decoder.embed_tokens(torch.tensor([token]))
+            position = torch.tensor([n + step])
+            for index, layer in enumerate(self.decoder.layers):
+                hidden, _, cache[index] = self._layer(layer, hidden, position, cache[index])
+            trace.logprobs.append(self._logprobs(hidden[-1]))
+        return trace
+
+    def _logprobs(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(self.decoder.norm(hidden)).log_softmax(-1)
+
+    def _qkv(self, layer: object, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attn = layer.self_attn
+        dim = attn.head_dim
+        q, k, v = (p(x).view(len(x), -1, dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        if hasattr(attn, "q_norm"):
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        cos, sin = self.decoder.rotary_emb(x[None], positions[None])
+        cos, sin = cos[0, :, None], sin[0, :, None]
+        return q * cos + _turn(q) * sin, k * cos + _turn(k) * sin, v
+
+    def _layer(
+        self, layer: object, hidden: Tensor, positions: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+        attn_in = layer.input_layernorm(hidden)
+        q, k, v = self._qkv(layer, attn_in, positions)
+        if past is not None:
+            k, v = torch.cat([past[0], k]), torch.cat([past[1], v])
+        probs = _probs(q, k, past is None)
+        group = q.shape[1] // v.shape[1]
+        mixed = torch.einsum("hqk,khd->qhd", probs, v.repeat_interleave(group, dim=1))
+        attn_out = layer.self_attn.o_proj(mixed.flatten(1))
+        hidden = hidden + attn_out
+        mlp_in = layer.post_attention_layernorm(hidden)
+        mlp_out = layer.mlp(mlp_in)
+        return hidden + mlp_out, [(attn_in, attn_out), (mlp_in, mlp_out)], (k, v)
+
+    def _iga(
+        self, layer: object, hidden: Tensor, positions: Tensor, visual: Tensor, num_text: int
+    ) -> Tensor:
+        q, k, _ = self._qkv(layer, layer.input_layernorm(hidden), positions)
+        return _probs(q, k, True)[:, -num_text:].mean(dim=(0, 1))[visual]
+
+
+def _turn(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def _probs(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    if causal:
+        mask = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
+        logits = logits.masked_fill(mask, -torch.inf)
+    return logits.softmax(-1)
+
+
+def _ttv(x_in: Tensor, x_out: Tensor, visual: Tensor, form: str) -> Tensor:
+    stretch = x_out.norm(dim=1) / x_in.norm(dim=1)
+    cos = (x_in * x_out).sum(1) / (x_in.norm(dim=1) * x_out.norm(dim=1))
+    if form == "code":
+        weight = torch.exp(1 - cos) / torch.exp(1 - cos).sum()
+        return (weight * stretch)[visual]
+    turn = 1 - cos[visual].abs()
+    return torch.exp(turn) / torch.exp(turn).sum() * stretch[visual]
+
+
+def _mix(ttv: Tensor, iga: Tensor, pruned: Pruned) -> Tensor:
+    if pruned.form == "code":
+        ttv, iga = ttv / (ttv.sum() + 1e-8), iga / (iga.sum() + 1e-8)
+    return pruned.alpha * ttv + (1 - pruned.alpha) * iga
+
+
+def _top(score: Tensor, keep: int) -> Tensor:
+    order = sorted(range(len(score)), key=lambda i: (-float(score[i]), i))
+    return torch.tensor(sorted(order[:keep]))
