@@ -1,0 +1,35 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo    set up what is missing, then serve a small model and show what pruning saves"
+	@echo "make test    set up what is missing, then check style and types and run the tests"
+	@echo "make setup   build .venv only (PYTHON=python3.12 names another interpreter)"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove .venv and caches"
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) is not installed; Python 3.11 or newer is needed"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version);" \
+	    "name another one: make setup PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) tools/setup.py
+
+demo: setup
+	$(BIN)/tokenprune demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p tokenprune
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,169 @@
+"""Which room may import which: every door is one-way, and the rules are this file.
+
+Rules read the source, so an import inside a function or under `TYPE_CHECKING` counts too.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEAVY = frozenset({"vllm", "fastapi", "starlette"})
+HTTP_ROOMS = frozenset({"tokenprune.server", "tokenprune.cli"})
+
+# every file outside the engine room that names vLLM, with the reason
+VLLM_ROOM = "tokenprune/engine"
+VLLM_EXCEPTIONS = {
+    "server/endpoints.py": "the endpoint plugin joins vLLM's metrics registry and reads its dtypes",
+    "server/routes.py": "our two routes wrap vLLM's own, with vLLM's request models and errors",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the files below `path` may import.
+
+    Attributes:
+        path: File or folder, relative to the repository.
+        only: Third-party packages and modules of ours that are allowed; the standard library
+            always is. None means anything that is not forbidden.
+        never: Packages and modules that are forbidden.
+    """
+
+    path: str
+    only: frozenset[str] | None = None
+    never: frozenset[str] = frozenset()
+
+    def allows(self, module: str) -> bool:
+        """Tell whether the rule lets `module` in."""
+        if _is_below(module, self.never):
+            return False
+        if self.only is None or module.partition(".")[0] in sys.stdlib_module_names:
+            return True
+        return _is_below(module, self.only)
+
+
+RULES = [
+    Rule("kernels", only=frozenset({"torch", "triton", "tokenprune.kernels"})),
+    Rule("tokenprune/kernels", only=frozenset({"torch", "triton", "tokenprune.kernels"})),
+    Rule("tokenprune/__init__.py", only=frozenset()),
+    Rule("tokenprune/errors.py", only=frozenset()),
+    Rule("tokenprune/lengths.py", only=frozenset()),
+    Rule(
+        "tokenprune/policies",
+        only=frozenset(
+            {
+                "pydantic",
+                "torch",
+                "tokenprune.errors",
+                "tokenprune.kernels",
+                "tokenprune.lengths",
+                "tokenprune.policies",
+            }
+        ),
+    ),
+    Rule(
+        "tokenprune/request.py",
+        only=frozenset(
+            {"pydantic", "tokenprune.errors", "tokenprune.lengths", "tokenprune.policies"}
+        ),
+    ),
+    Rule(
+        "tokenprune/triton_cpu",
+        only=frozenset({"torch", "triton", "tokenprune.errors", "tokenprune.triton_cpu"}),
+    ),
+    Rule("tokenprune/engine", never=HTTP_ROOMS | {"fastapi", "starlette", "tokenprune.demo"}),
+    Rule("tokenprune/demo", never=HEAVY | HTTP_ROOMS | {"tokenprune.engine"}),
+    Rule("server", never=frozenset({"torch", "triton", "tokenprune.kernels", "tokenprune.demo"})),
+]
+
+
+def _is_below(module: str, parents: frozenset[str]) -> bool:
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)
+
+
+def _python_files(path: str) -> list[Path]:
+    start = ROOT / path
+    # links are not followed: server/ and kernels/ are visited under their own names
+    return [start] if start.is_file() else sorted(start.rglob("*.py"))
+
+
+def _modules(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif node.module is not None:
+        # `from tokenprune import engine` imports a module as well
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _imports(source: str) -> Iterator[tuple[int, ast.Import | ast.ImportFrom]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node.lineno, node
+
+
+def _violations(source: str, rule: Rule) -> list[tuple[int, str]]:
+    return [
+        (line, module)
+        for line, node in _imports(source)
+        for module in _modules(node)
+        if not rule.allows(module)
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.path)
+def test_room_imports_only_what_it_may(rule: Rule) -> None:
+    files = _python_files(rule.path)
+    assert files, f"{rule.path} holds no Python file"
+    found = [
+        f"{file.relative_to(ROOT)}:{line} imports {module}"
+        for file in files
+        for line, module in _violations(file.read_text(), rule)
+    ]
+    assert found == []
+
+
+def test_only_the_engine_room_knows_vllm() -> None:
+    files = [*_python_files("tokenprune"), *_python_files("server"), *_python_files("kernels")]
+    knowing = {
+        file.relative_to(ROOT).as_posix()
+        for file in files
+        for _, node in _imports(file.read_text())
+        if any(_is_below(module, frozenset({"vllm"})) for module in _modules(node))
+    }
+    assert any(name.startswith(f"{VLLM_ROOM}/") for name in knowing), "the engine room is empty"
+    outside = {name for name in knowing if not name.startswith(f"{VLLM_ROOM}/")}
+    assert outside == set(VLLM_EXCEPTIONS), "the list of exceptions must match the code"
+
+
+@pytest.mark.parametrize("path", ["tokenprune", "server", "kernels", "tests"])
+def test_imports_are_absolute_and_through_the_package(path: str) -> None:
+    files = _python_files(path)
+    assert files, f"{path} holds no Python file"
+    for file in files:
+        for line, node in _imports(file.read_text()):
+            where = f"{file.relative_to(ROOT)}:{line}"
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{where} is relative"
+            for module in _modules(node):
+                assert not _is_below(module, frozenset({"server", "kernels"})), (
+                    f"{where} must name tokenprune.{module}"
+                )
+
+
+@pytest.mark.parametrize(
+    ("source", "modules"),
+    [
+        pytest.param("import vllm.v1", ["vllm.v1"], id="plain"),
+        pytest.param("def f():\n    from vllm import LLM", ["vllm.LLM"], id="in-a-function"),
+        pytest.param("from tokenprune import engine", ["tokenprune.engine"], id="from-package"),
+        pytest.param("import vllm_other, json", [], id="prefix-of-a-name"),
+    ],
+)
+def test_rules_see_every_way_to_import(source: str, modules: list[str]) -> None:
+    rule = Rule("x", never=frozenset({"vllm", "tokenprune.engine"}))
+    assert [module for _, module in _violations(source, rule)] == modules
