@@ -1,0 +1,8 @@
+"""Without a GPU, Triton interprets its kernels; it reads the switch when they are imported."""
+
+import torch
+
+from tokenprune.triton_cpu import activate
+
+if not torch.cuda.is_available():
+    activate()
