@@ -87,9 +87,7 @@ def test_engine_equals_a_transformers_loop_with_the_same_rows_dropped(
 
 
 def test_pruning_changes_the_answer_so_the_comparison_can_fail(engine: Engine) -> None:
-    full, pruned = engine.ask(
-        Ask(DESCRIBE, (3,)), Ask(DESCRIBE, (3,), visual("transprune", 0.125))
-    )
+    full, pruned = engine.ask(Ask(DESCRIBE, (3,)), Ask(DESCRIBE, (3,), visual("transprune", 0.125)))
     assert not full.agrees_with(pruned)
 
 

@@ -141,7 +141,12 @@ def topk_log_softmax(
     BLOCK_SIZE: int,
     TOPK_BLOCK_SIZE: int,
 ) -> None:
-    """Log-probabilities of the listed tokens."""
+    """Log-probabilities of the listed tokens.
+
+    Sums in the interpreter's order, block by block in float32, so that log-probs stay stock
+    vLLM's to the last bit.
+    """
+    num_blocks = -(-vocab_size // BLOCK_SIZE)
     chunks = zip(
         torch.split(output_ptr, _ROWS_PER_CHUNK),
         torch.split(logits_ptr, _ROWS_PER_CHUNK),
@@ -149,10 +154,16 @@ def topk_log_softmax(
         strict=True,
     )
     for output, rows, token_ids in chunks:
-        logits = rows.float()
-        peak = logits.amax(dim=1, keepdim=True)
-        log_sum = (logits - peak).exp_().sum(dim=1, keepdim=True).log_()
-        output.copy_(logits.gather(1, token_ids) - peak - log_sum)
+        logits = rows.float().numpy()
+        peak = logits.max(axis=1, keepdims=True)
+        terms = np.zeros((len(logits), num_blocks * BLOCK_SIZE), dtype=np.float32)
+        np.exp(logits - peak, out=terms[:, :vocab_size])
+        blocks = terms.reshape(len(logits), num_blocks, BLOCK_SIZE).sum(axis=2)
+        total = np.zeros(len(logits), dtype=np.float32)
+        for block in blocks.T:
+            total += block
+        chosen = np.take_along_axis(logits, token_ids.numpy(), axis=1)
+        output.numpy()[:] = chosen - peak - np.log(total)[:, None]
 
 
 def ranks(
