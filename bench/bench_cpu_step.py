@@ -1,9 +1,11 @@
-"""Time a decode step on the CPU: Model Runner V1, V2 interpreted, V2 with our kernel functions.
+"""Time a decode step on the CPU: V1, V2 interpreted, V2 with our kernels, and all of tokenprune.
 
     python -m bench.bench_cpu_step [--rounds 3] [--steps 20] [--out FILE]
 
-Three engines on one tiny random Llama (greedy, eager, one process each) take turns, so that a
+Four engines on one tiny random Llama (greedy, eager, one process each) take turns, so that a
 busy machine slows all of them. A mode whose tokens differ from V1's prints WRONG and no time.
+The last mode adds our worker and scheduler with three stage boundaries, which make eight KV cache
+groups; nothing is pruned, so it shows what requests pay that do not use us.
 """
 
 import argparse
@@ -21,7 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-MODES = ("v1", "v2-interpreted", "v2-replaced")
+MODES = ("v1", "v2-interpreted", "v2-replaced", "tokenprune")
+PRUNE_LAYERS = (2, 3, 5)
 BATCH_SIZES = (1, 4, 16)
 VOCAB, PROMPT_TOKENS = 32000, 40
 SWITCHES = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER", "PYTHONPATH")
@@ -36,7 +39,7 @@ def save_model(folder):
         vocab_size=VOCAB,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.08,
@@ -60,6 +63,12 @@ def serve(mode, folder):
         from tokenprune.engine import cpu_kernels
 
         cpu_kernels.register()
+    arguments = {}
+    if mode == "tokenprune":
+        from tokenprune.engine.launch import engine_arguments
+
+        os.environ["VLLM_PLUGINS"] = "tokenprune"
+        arguments = engine_arguments(PRUNE_LAYERS)
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -72,6 +81,7 @@ def serve(mode, folder):
         kv_cache_memory_bytes=64 << 20,
         distributed_executor_backend="uni",
         enable_prefix_caching=False,
+        **arguments,
     ).llm_engine
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
@@ -145,7 +155,7 @@ def main():
         children = {mode: start(mode, folder, log) for mode in MODES}
         for round_ in range(args.rounds + 1):
             # round 0 warms up; later ones rotate the order
-            order = MODES[round_ % 3 :] + MODES[: round_ % 3]
+            order = MODES[round_ % 4 :] + MODES[: round_ % 4]
             for batch in BATCH_SIZES:
                 turn = {mode: children[mode] for mode in order}
                 answers = measure(turn, batch, args.steps if round_ else 3)

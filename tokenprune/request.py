@@ -134,7 +134,7 @@ def parse_flat(extra_args: Mapping[str, Any] | None) -> Axes:
     nested: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         axis, _, name = key.removeprefix(FLAT_PREFIX).partition("_")
-        if not name:
+        if not axis or not name:
             raise PolicyError(f"{key} is unknown; flat keys read pruning_<axis>_<key>", key)
         nested.setdefault(axis, {})[name] = value
     return parse_pruning(nested)
@@ -162,6 +162,10 @@ def _policy_error(error: ValidationError, value: Mapping[str, Any]) -> PolicyErr
     elif kind == "union_tag_not_found":
         param += ".method"
         message = f"{param} must be given; known: {', '.join(policies(axis))}"
+    elif kind in ("model_attributes_type", "model_type"):
+        message = f"{param} must be an object with method {' | '.join(policies(axis))}, got {got!r}"
+    elif kind == "too_short":
+        message = f"{param} must have at least {context['min_length']} value, got {got!r}"
     elif kind == "value_error":
         # our own validators' messages begin with the key they are about
         message = f"{param}.{context['error']}"
@@ -177,7 +181,8 @@ def _interval(axis: str, asked: object, location: list[str]) -> str | None:
     if not isinstance(asked, Mapping) or len(location) != 2:
         return None
     policy = policies(axis)[str(asked.get("method"))]
-    schema = policy.model_json_schema()["properties"][location[1]]
+    # a key that is no string is no property
+    schema = policy.model_json_schema()["properties"].get(location[1], {})
     low, high = schema.get("exclusiveMinimum", schema.get("minimum")), schema.get("maximum")
     if low is None:
         return None
@@ -211,8 +216,17 @@ class RequestPlan:
         return self.visual is not None and self.visual.ranks is None
 
 
-def make_plan(pruning: Axes, prompt: PromptLayout, engine: EngineShape) -> RequestPlan:
+def make_plan(
+    pruning: Axes, prompt: PromptLayout, engine: EngineShape, *, prompt_logprobs: bool = False
+) -> RequestPlan:
     """Plan one request.
+
+    Args:
+        pruning: What it asked for.
+        prompt: Where its visual tokens are.
+        engine: What serves it.
+        prompt_logprobs: Whether it also wants log-probs of the prompt; rows dropped on the way
+            have none, so such a prompt is served whole.
 
     Raises:
         PolicyError: What was asked for does not fit the engine.
@@ -221,6 +235,8 @@ def make_plan(pruning: Axes, prompt: PromptLayout, engine: EngineShape) -> Reque
     if not isinstance(policy, VisualPolicy):
         return RequestPlan(pruning)
     try:
+        if prompt_logprobs:
+            raise PlanSkipped("prompt_logprobs")
         return RequestPlan(pruning, visual=policy.plan(prompt, engine))
     except PlanSkipped as skipped:
         return RequestPlan(pruning, skipped={"visual": skipped.reason})

@@ -95,6 +95,8 @@ def visual_pruning_unsupported(vllm_config: VllmConfig) -> str | None:
         return f"decoder type {decoder!r} is not among {', '.join(_DECODERS)}"
     if model.get_sliding_window() is not None:
         return "the decoder has sliding-window attention layers"
+    if vllm_config.lora_config is not None:
+        return "LoRA adapters are enabled, which map rows to adapters once per step"
     if model.is_mm_prefix_lm:
         return "image tokens attend in both directions"
     return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tokenprune.engine.config import Settings
 from tokenprune.lengths import PromptLayout
@@ -12,6 +12,7 @@ from tokenprune.request import RequestPlan, has_flat, make_plan, parse_flat
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+    from vllm.sampling_params import SamplingParams
 
 VISUAL_MODALITIES = ("image", "video")
 
@@ -29,8 +30,13 @@ def visual_ranges(features: Iterable[MultiModalFeatureSpec]) -> list[Placeholder
     return [f.mm_position for f in features if f.modality in VISUAL_MODALITIES]
 
 
+def wants_prompt_logprobs(params: SamplingParams) -> bool:
+    """Return whether a request asks for log-probs of its prompt."""
+    return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+
+
 def plan_request(
-    extra_args: Mapping[str, Any] | None,
+    params: SamplingParams,
     layout: PromptLayout,
     shape: EngineShape,
     config: Settings,
@@ -40,5 +46,6 @@ def plan_request(
     Raises:
         PolicyError: The keys are not legal or do not fit the engine.
     """
-    pruning = parse_flat(extra_args) if has_flat(extra_args) else config.default_pruning
-    return make_plan(pruning, layout, shape)
+    flat = params.extra_args
+    pruning = parse_flat(flat) if has_flat(flat) else config.default_pruning
+    return make_plan(pruning, layout, shape, prompt_logprobs=wants_prompt_logprobs(params))

@@ -110,7 +110,7 @@ class PruningModelRunner(GPUModelRunner):
             if new.req_id not in checksum:
                 continue
             layout = prompt_layout(new.prompt_len, visual_ranges(new.mm_features))
-            plan = plan_request(new.sampling_params.extra_args, layout, self._shape, self._settings)
+            plan = plan_request(new.sampling_params, layout, self._shape, self._settings)
             if plan.visual is None:
                 raise DivergenceError(f"the worker would not prune request {new.req_id}")
             request = PrunedRequest(new.req_id, layout, plan)

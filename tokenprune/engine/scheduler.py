@@ -51,7 +51,7 @@ class PruningScheduler(AsyncScheduler):
             return None
         layout = prompt_layout(request.num_prompt_tokens, visual_ranges(request.mm_features))
         try:
-            return plan_request(params.extra_args, layout, self._shape, self._settings)
+            return plan_request(params, layout, self._shape, self._settings)
         except PolicyError as error:
             # the API refused this already; offline callers can still get here, and an
             # exception would take the engine and every other request down

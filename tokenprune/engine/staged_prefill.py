@@ -298,5 +298,5 @@ class StagedPrefill:
         return tp.all_reduce(score) / tp.world_size if tp.world_size > 1 else score
 
     def _capture(self, attn: nn.Module, args: Any) -> None:
-        if self._capturing:
+        if not torch.compiler.is_compiling() and self._capturing:
             raise _QKSeen(args[0], args[1])

@@ -214,13 +214,15 @@ class VisualPolicy(Policy):
             PlanSkipped: There is nothing to prune, or this prompt cannot be pruned.
             PolicyError: The schedule does not fit the engine.
         """
+        # before the schedule: without support there are no boundaries by default either
+        if engine.unsupported is not None:
+            raise PlanSkipped("model_unsupported")
         cuts = self.cuts(engine)
         total = prompt.num_visual
         if total == 0:
             raise PlanSkipped("no_visual_tokens")
-        if engine.unsupported is not None:
-            raise PlanSkipped("model_unsupported")
-        if self.needs_whole_prompt and prompt.num_text_after == 0:
+        # the first token is sampled from the last row of the prompt, so that row must survive
+        if prompt.num_text_after == 0:
             raise PlanSkipped("no_text_after_image")
         if self.needs_whole_prompt and prompt.num_tokens > engine.max_num_batched_tokens:
             raise PlanSkipped("prompt_exceeds_batch")
