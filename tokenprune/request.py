@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"visual": {"method": "transprune", "keep_ratio": 0.25}},
     "aggressive": {"visual": {"method": "transprune", "keep_ratio": 0.125}},
 }
-PruningField = PresetName | Pruning  # type: ignore[valid-type]
+PruningField = PresetName | Pruning
 OFF = Pruning()
 
 
@@ -137,7 +137,11 @@ def parse_flat(extra_args: Mapping[str, Any] | None) -> Axes:
         if not axis or not name:
             raise PolicyError(f"{key} is unknown; flat keys read pruning_<axis>_<key>", key)
         nested.setdefault(axis, {})[name] = value
-    return parse_pruning(nested)
+    try:
+        return parse_pruning(nested)
+    except PolicyError as error:
+        flat_key = error.param.replace(".", "_")
+        raise PolicyError(str(error).replace(error.param, flat_key), flat_key) from None
 
 
 def _policy_error(error: ValidationError, value: Mapping[str, Any]) -> PolicyError:

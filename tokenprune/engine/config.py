@@ -46,6 +46,10 @@ def settings(vllm_config: VllmConfig) -> Settings:
     """
     additional = vllm_config.additional_config
     raw: Any = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
+    if not isinstance(raw, dict):
+        raise ConfigurationError(
+            f"{CONFIG_KEY} settings must be an object with {', '.join(_SETTINGS)}, got {raw!r}"
+        )
     unknown = set(raw) - set(_SETTINGS)
     if unknown:
         raise ConfigurationError(
@@ -140,12 +144,20 @@ def check_boundaries(num_layers: int, layers: tuple[int, ...]) -> None:
         )
     groups = num_kv_groups(num_layers, layers)
     if groups > MAX_KV_GROUPS:
-        step = max(1, round(num_layers / 8))
-        better = sorted({step * max(1, round(b / step)) for b in layers} - {num_layers})
         raise ConfigurationError(
             f"prune_layers must make at most {MAX_KV_GROUPS} KV cache groups, got {groups} from "
-            f"{list(layers)}; try {better} or {list(default_boundaries(num_layers))}"
+            f"{list(layers)}; try {list(_near(num_layers, layers))}"
         )
+
+
+def _near(num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return legal boundaries close to `layers`, multiples of a divisor of the depth if any."""
+    for step in sorted(range(1, num_layers), key=lambda s: (num_layers % s > 0, s)):
+        near = {step * max(1, round(layer / step)) for layer in layers}
+        rounded = tuple(sorted(layer for layer in near if layer < num_layers))
+        if rounded and num_kv_groups(num_layers, rounded) <= MAX_KV_GROUPS:
+            return rounded
+    return default_boundaries(num_layers)
 
 
 def check_supported(vllm_config: VllmConfig) -> None:

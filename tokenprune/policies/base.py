@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
 
 from tokenprune.errors import PolicyError
 from tokenprune.lengths import PhysicalLengths, PromptLayout
@@ -275,14 +274,13 @@ def _nearest(boundaries: tuple[int, ...], layer: float) -> int:
     return min(boundaries, key=lambda b: (abs(b - layer), b))
 
 
-PolicyT = TypeVar("PolicyT", bound=type[Policy])
+PolicyT = TypeVar("PolicyT", bound=Policy)
 _registry: dict[tuple[Axis, str], type[Policy]] = {}
 
 
-def register_policy(cls: PolicyT) -> PolicyT:
+def register_policy(cls: type[PolicyT]) -> type[PolicyT]:
     """Add a policy to the registry under its axis and the one value of its `method` field."""
-    fields: dict[str, FieldInfo] = cls.model_fields
-    method = fields["method"].default
+    method = cls.model_fields["method"].default
     if (cls.axis, method) in _registry:
         raise ValueError(f"{cls.axis} method {method!r} is already registered")
     _registry[cls.axis, method] = cls

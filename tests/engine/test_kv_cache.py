@@ -1,0 +1,324 @@
+"""The staged KV spec and its manager, on vLLM's own block pool and registry."""
+
+import dataclasses
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenprune.lengths import PhysicalLengths
+from tokenprune.policies import VisualPlan
+from tokenprune.request import OFF, RequestPlan
+
+pytest.importorskip("vllm", reason="needs vLLM")
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1 import kv_cache_spec_registry as registry
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+from vllm.v1.request import Request
+
+from tokenprune.engine.kv_cache import StagedAttentionSpec, StagedManager, register_specs
+
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+BLOCK = 4
+PLAIN = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32)
+
+
+def staged(stage, **changes):
+    return StagedAttentionSpec.of(dataclasses.replace(PLAIN, **changes), stage)
+
+
+# the spec
+
+
+def test_a_staged_spec_keeps_every_field_and_the_page_size():
+    spec = FullAttentionSpec(
+        block_size=32,
+        num_kv_heads=3,
+        head_size=16,
+        head_size_v=8,
+        dtype=torch.bfloat16,
+        page_size_padded=65536,
+        non_causal=True,
+    )
+    ours = StagedAttentionSpec.of(spec, 2)
+    assert ours.stage == 2
+    assert isinstance(ours, FullAttentionSpec)
+    for field in dataclasses.fields(spec):
+        assert getattr(ours, field.name) == getattr(spec, field.name), field.name
+    assert ours.page_size_bytes == spec.page_size_bytes
+
+
+def test_specs_of_one_stage_merge_to_that_stage():
+    merged = StagedAttentionSpec.merge([staged(3), staged(3), staged(3)])
+    assert merged == staged(3)
+    assert type(merged) is StagedAttentionSpec
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        pytest.param([staged(0), staged(1)], id="stages"),
+        pytest.param([staged(1), staged(1, head_size=16)], id="shapes"),
+    ],
+)
+def test_specs_that_differ_do_not_merge(specs):
+    # vLLM catches AssertionError and makes groups of its own then
+    with pytest.raises(AssertionError):
+        StagedAttentionSpec.merge(specs)
+
+
+@pytest.mark.parametrize(
+    ("others", "uniform"),
+    [
+        pytest.param([staged(1)], True, id="same-stage"),
+        pytest.param([staged(0)], False, id="earlier-stage"),
+        pytest.param([staged(1), staged(2)], False, id="one-other"),
+        pytest.param([PLAIN], False, id="no-stage"),
+    ],
+)
+def test_layers_are_uniform_within_a_stage_only(others, uniform):
+    specs = {str(i): spec for i, spec in enumerate([staged(1), *others])}
+    assert staged(1).is_uniform_with_collection(specs) is uniform
+    assert (UniformTypeKVCacheSpecs.from_specs(specs) is not None) is uniform
+
+
+def test_a_spec_survives_pickling_and_copying():
+    # engine and workers are processes, and vLLM resizes specs with dataclasses.replace
+    spec = staged(2)
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    assert dataclasses.replace(spec, block_size=8).stage == 2
+    assert spec.copy_with_new_block_size(8) == staged(2, block_size=8)
+
+
+def test_specs_of_different_stages_are_different_keys():
+    assert len({staged(0), staged(1), staged(1)}) == 2
+
+
+# the registry
+
+
+def test_registering_twice_changes_nothing():
+    register_specs()
+    before = dict(registry._REGISTRY_KVCACHESPEC_LIST)
+    register_specs()
+    assert before == registry._REGISTRY_KVCACHESPEC_LIST
+
+
+def test_registering_first_leaves_the_built_in_specs_known(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY_KVCACHESPEC_LIST", {})
+    register_specs()
+    window = SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32, sliding_window=8
+    )
+    expected = {
+        staged(1): (StagedManager, StagedAttentionSpec),
+        PLAIN: (FullAttentionManager, FullAttentionSpec),
+        window: (SlidingWindowManager, SlidingWindowSpec),
+    }
+    known = registry.KVCacheSpecRegistry
+    for spec, (manager, base) in expected.items():
+        assert known.get_manager_class(spec) is manager
+        assert known.get_uniform_type_base_spec(spec) is base
+    known.check_kv_cache_spec_registry({"layer": staged(0)})
+
+
+# the manager
+
+
+class Side:
+    """A manager on its own pool, driven as vLLM's KV cache manager drives it."""
+
+    def __init__(self, cls, spec, num_blocks=64, caching=True, plans=None):
+        self.pool = BlockPool(num_blocks, enable_caching=caching, hash_block_size=BLOCK)
+        self.manager = cls(
+            spec,
+            block_pool=self.pool,
+            enable_caching=caching,
+            kv_cache_group_id=0,
+            scheduler_block_size=BLOCK,
+        )
+        if plans is not None:
+            self.manager.plans = plans
+        self.empty = self.pool.get_num_free_blocks()
+
+    def needed(self, request_id, num_tokens):
+        return self.manager.get_num_blocks_to_allocate(request_id, num_tokens, (), 0, 0, num_tokens)
+
+    def grow(self, request_id, num_tokens):
+        """Allocate up to `num_tokens` if the pool can; return the new block ids."""
+        needed = self.needed(request_id, num_tokens)
+        if needed > self.pool.get_num_free_blocks():
+            return None
+        if request_id not in self.manager.num_cached_block and not self.held(request_id):
+            self.manager.add_local_computed_blocks(request_id, (), 0, 0)
+        new = self.manager.allocate_new_blocks(request_id, num_tokens, num_tokens)
+        assert len(new) == needed, "the admission check must count what is allocated"
+        return [block.block_id for block in new]
+
+    def cache(self, request, num_tokens):
+        self.manager.cache_blocks(request, num_tokens, replay_boundaries=())
+
+    def held(self, request_id):
+        return [b.block_id for b in self.manager.req_to_blocks.get(request_id, ())]
+
+    @property
+    def num_cached(self):
+        return len(self.pool.cached_block_hash_to_block)
+
+
+def plan(num_tokens, *dropped):
+    lengths = PhysicalLengths(num_tokens, dropped)
+    return RequestPlan(OFF, visual=VisualPlan((), (), None, lengths))
+
+
+def request(request_id, num_tokens):
+    init_none_hash(sha256)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(range(num_tokens)),
+        sampling_params=SamplingParams(max_tokens=8),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+
+
+# a prompt of 16 of which the stage holds 6, by name and by count
+BY_NAME = plan(16, (), tuple(range(3, 13)))
+BY_COUNT = plan(16, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("plan_", "stage", "steps", "held"),
+    [
+        pytest.param(BY_NAME, 0, [16, 17], [4, 5], id="stage-that-drops-nothing"),
+        pytest.param(BY_NAME, 1, [16, 17, 18, 19], [2, 2, 2, 3], id="whole-prompt-then-decode"),
+        pytest.param(BY_NAME, 1, [4, 8, 12, 16], [1, 1, 1, 2], id="chunks"),
+        pytest.param(BY_COUNT, 1, [16, 17, 18, 19], [2, 2, 2, 3], id="counted"),
+        pytest.param(plan(16, (), ()), 1, [15, 16, 17], [4, 4, 5], id="keeps-everything"),
+    ],
+)
+def test_a_request_holds_blocks_of_its_physical_length(plan_, stage, steps, held):
+    side = Side(StagedManager, staged(stage), plans={"r": plan_})
+    for num_tokens, expected in zip(steps, held, strict=True):
+        side.grow("r", num_tokens)
+        assert len(side.held("r")) == expected
+        assert side.needed("r", num_tokens) == 0
+    assert side.pool.get_num_free_blocks() == side.empty - held[-1]
+    side.manager.free("r")
+    assert side.pool.get_num_free_blocks() == side.empty
+
+
+def test_a_chunk_that_is_dropped_entirely_gets_no_block_from_an_empty_pool():
+    # 3 blocks, one of them the null block
+    side = Side(StagedManager, staged(1), num_blocks=3, plans={"r": BY_NAME})
+    assert side.grow("r", 4) is not None
+    assert side.grow("other", 4) is not None
+    assert side.pool.get_num_free_blocks() == 0
+    assert side.grow("r", 12) == []
+    assert side.grow("r", 16) is None
+
+
+def test_the_admission_check_counts_by_physical_length():
+    side = Side(StagedManager, staged(1), plans={"r": BY_COUNT})
+    arguments = ((), 0, 0, 16)
+    assert side.manager.get_num_blocks_to_allocate("r", 16, *arguments) == 2
+    assert side.manager.get_num_blocks_to_allocate("x", 16, *arguments) == 4
+    capped = side.manager.get_num_blocks_to_allocate("r", 16, *arguments, apply_admission_cap=True)
+    assert capped == 2
+
+
+def test_plans_that_come_and_go_are_seen_at_once():
+    # the scheduler shares its own mapping
+    plans = {}
+    side = Side(StagedManager, staged(1), plans=plans)
+    assert side.needed("r", 16) == 4
+    plans["r"] = BY_NAME
+    assert side.needed("r", 16) == 2
+    del plans["r"]
+    assert side.needed("r", 16) == 4
+
+
+def test_a_manager_starts_without_plans_and_shares_none():
+    managers = [Side(StagedManager, staged(1)).manager for _ in range(2)]
+    assert [dict(m.plans) for m in managers] == [{}, {}]
+
+
+def test_blocks_of_a_pruned_request_never_reach_the_prefix_cache():
+    plans = {"pruned": BY_NAME}
+    side = Side(StagedManager, staged(1), plans=plans)
+    for name in ("pruned", "plain"):
+        side.grow(name, 16)
+        before = side.num_cached
+        side.cache(request(name, 17), 16)
+        assert side.num_cached - before == (0 if name == "pruned" else 4)
+
+
+operations = st.lists(
+    st.tuples(
+        st.sampled_from(["grow", "grow", "grow", "cache", "free"]),
+        st.integers(0, 3),
+        st.integers(1, 9),
+    ),
+    max_size=30,
+)
+
+
+@PROPERTY
+@given(operations, st.booleans())
+def test_requests_without_a_plan_are_served_as_by_full_attention(operations, caching):
+    plans = {"someone else": BY_NAME}
+    ours = Side(StagedManager, staged(1), num_blocks=24, caching=caching, plans=plans)
+    theirs = Side(FullAttentionManager, PLAIN, num_blocks=24, caching=caching)
+    requests = {i: request(str(i), 400) for i in range(4)}
+    tokens = dict.fromkeys(requests, 0)
+    for operation, i, amount in operations:
+        if operation == "grow":
+            new = ours.grow(str(i), tokens[i] + amount)
+            assert new == theirs.grow(str(i), tokens[i] + amount)
+            if new is not None:
+                tokens[i] += amount
+        elif operation == "free":
+            for side in (ours, theirs):
+                side.manager.free(str(i))
+            tokens[i] = 0
+        elif caching:
+            for side in (ours, theirs):
+                side.cache(requests[i], tokens[i])
+        for r in tokens:
+            assert ours.held(str(r)) == theirs.held(str(r))
+        assert ours.num_cached == theirs.num_cached
+        assert ours.pool.get_num_free_blocks() == theirs.pool.get_num_free_blocks()
+
+
+@PROPERTY
+@given(operations, st.lists(st.integers(0, 12), min_size=2, max_size=2, unique=True).map(sorted))
+def test_every_block_comes_back_whatever_the_mix(operations, dropped):
+    pruned = plan(16, (), tuple(range(*dropped)))
+    side = Side(StagedManager, staged(1), num_blocks=24, plans={"0": pruned, "1": pruned})
+    tokens = dict.fromkeys("0123", 0)
+    for operation, i, amount in operations:
+        name = str(i)
+        if operation == "grow" and side.grow(name, tokens[name] + amount) is not None:
+            tokens[name] += amount
+        elif operation == "free":
+            side.manager.free(name)
+            tokens[name] = 0
+        elif operation == "cache":
+            side.cache(request(name, 400), tokens[name])
+        for other, n in tokens.items():
+            physical = pruned.lengths.physical(n, 1) if other in "01" else n
+            assert len(side.held(other)) == math.ceil(physical / BLOCK)
+    for name in tokens:
+        side.manager.free(name)
+    assert side.pool.get_num_free_blocks() == side.empty

@@ -1,0 +1,177 @@
+"""Rows of a step per stage: worked cases, then properties over random plans and chunks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenprune.engine.step import PrunedRequest, known_rows, stage_rows
+from tokenprune.lengths import PhysicalLengths, PromptLayout
+from tokenprune.policies import VisualPlan
+from tokenprune.request import OFF, RequestPlan
+
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+def pruned(num_tokens, *dropped):
+    """A request whose plan drops `dropped` (positions or a count) at each stage."""
+    lengths = PhysicalLengths(num_tokens, dropped)
+    plan = RequestPlan(OFF, visual=VisualPlan((), (), None, lengths))
+    return PrunedRequest("r", PromptLayout(num_tokens), plan)
+
+
+def rows_of(requests, computed, scheduled):
+    num_stages = next(len(r.plan.lengths.dropped) for r in requests if r is not None)
+    as_array = [np.array(x, dtype=np.int32) for x in (computed, scheduled)]
+    return stage_rows(requests, *as_array, num_stages)
+
+
+# prompt of eight: text 0, image 1-5, text 6-7; the second stage keeps 3, the third none
+KNOWN = pruned(8, (), (1, 2, 4, 5), (1, 2, 3, 4, 5))
+COUNTED = pruned(8, 0, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("request_", "computed", "scheduled", "counts", "base", "seq_lens", "idle"),
+    [
+        pytest.param(KNOWN, 0, 8, [8, 4, 3], [0, 0, 0], [8, 4, 3], [0, 0, 0], id="whole-prompt"),
+        pytest.param(COUNTED, 0, 8, [8, 4, 3], [0, 0, 0], [8, 4, 3], [0, 0, 0], id="counted"),
+        pytest.param(KNOWN, 0, 2, [2, 1, 1], [0, 0, 0], [2, 1, 1], [0, 0, 0], id="first-chunk"),
+        pytest.param(KNOWN, 2, 2, [2, 1, 1], [2, 1, 1], [4, 2, 1], [0, 0, 1], id="one-stage-idle"),
+        pytest.param(KNOWN, 4, 2, [2, 1, 1], [4, 2, 1], [6, 2, 1], [0, 1, 1], id="two-stages-idle"),
+        pytest.param(KNOWN, 6, 2, [2, 2, 2], [6, 2, 1], [8, 4, 3], [0, 0, 0], id="last-chunk"),
+        pytest.param(KNOWN, 8, 1, [1, 1, 1], [8, 4, 3], [9, 5, 4], [0, 0, 0], id="decode"),
+        pytest.param(COUNTED, 8, 1, [1, 1, 1], [8, 4, 3], [9, 5, 4], [0, 0, 0], id="count-decode"),
+        pytest.param(KNOWN, 6, 5, [5, 5, 5], [6, 2, 1], [11, 7, 6], [0, 0, 0], id="past-prompt"),
+        pytest.param(COUNTED, 0, 9, [9, 5, 4], [0, 0, 0], [9, 5, 4], [0, 0, 0], id="resumed"),
+        pytest.param(None, 3, 2, [2, 2, 2], [3, 3, 3], [5, 5, 5], [0, 0, 0], id="unpruned"),
+    ],
+)
+def test_rows_of_one_request(request_, computed, scheduled, counts, base, seq_lens, idle):
+    stages = stage_rows([request_], np.array([computed]), np.array([scheduled]), 3)
+    assert [int(s.counts[0]) for s in stages] == counts
+    assert [int(s.base[0]) for s in stages] == base
+    assert [int(s.seq_lens[0]) for s in stages] == seq_lens
+    assert [len(s.idle) for s in stages] == idle
+    assert [s.num_rows for s in stages] == counts
+
+
+def test_an_image_first_in_the_prompt_leaves_an_idle_row_without_any_cache():
+    (rows,) = rows_of([pruned(4, (0, 1))], [0], [2])
+    assert rows.counts.tolist() == [1]
+    assert rows.idle.tolist() == [0]
+    assert rows.seq_lens.tolist() == [1]
+
+
+def test_requests_of_a_batch_lie_one_behind_the_other():
+    # the second request has nothing to compute in the last stage
+    stages = rows_of([None, KNOWN, COUNTED], [5, 4, 8], [3, 2, 1])
+    assert [s.starts.tolist() for s in stages] == [[0, 3, 5, 6], [0, 3, 4, 5], [0, 3, 4, 5]]
+    assert [s.idle.tolist() for s in stages] == [[], [3], [3]]
+    indices = [s.cache_indices().tolist() for s in stages]
+    assert indices[0] == [5, 6, 7, 4, 5, 8]
+    assert indices[1][:3] + indices[1][4:] == [5, 6, 7, 4]
+    assert indices[2][:3] + indices[2][4:] == [5, 6, 7, 3]
+
+
+def test_dtypes_are_those_of_vllm_buffers():
+    (rows, *_) = rows_of([KNOWN, None], [0, 3], [8, 1])
+    for array in (rows.counts, rows.starts, rows.base, rows.seq_lens):
+        assert array.dtype == np.int32
+    assert rows.cache_indices().dtype == np.int64
+
+
+def test_decode_lies_behind_by_what_the_prompt_dropped():
+    assert KNOWN.dropped_once_complete() == (0, 4, 5)
+    assert COUNTED.dropped_once_complete() == (0, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("computed", "scheduled", "expected"),
+    [
+        pytest.param(0, 8, [range(8), [0, 3, 6, 7], [0, 6, 7]], id="whole-prompt"),
+        pytest.param(2, 2, [[0, 1], [1], [1]], id="last-stage-idle"),
+        pytest.param(4, 2, [[0, 1], [1], [1]], id="idle-takes-the-last-row"),
+        pytest.param(3, 3, [[0, 1, 2], [0], [0]], id="idle-stands-on-a-row-of-the-stage-before"),
+        pytest.param(7, 3, [[0, 1, 2], [0, 1, 2], [0, 1, 2]], id="past-the-prompt"),
+    ],
+)
+def test_known_rows_of_a_chunk(computed, scheduled, expected):
+    rows = known_rows(KNOWN, computed, scheduled)
+    assert [r.tolist() for r in rows] == [list(e) for e in expected]
+
+
+@st.composite
+def batches(draw):
+    """Random requests of three stages, each with a random chunk."""
+    requests, computed, scheduled = [], [], []
+    for _ in range(draw(st.integers(1, 4))):
+        num_tokens = draw(st.integers(1, 12))
+        # per position the first stage without it; 3 stays everywhere
+        gone = draw(st.lists(st.integers(0, 3), min_size=num_tokens, max_size=num_tokens))
+        dropped = [tuple(p for p, g in enumerate(gone) if g <= s) for s in range(3)]
+        kind = draw(st.sampled_from(["known", "counted", "unpruned"]))
+        before = draw(st.integers(0, num_tokens + 2))
+        least = 1
+        if kind == "counted":
+            dropped = [len(d) for d in dropped]
+            before = draw(st.sampled_from([0, num_tokens, num_tokens + 2]))
+            least = max(1, num_tokens - before)
+        requests.append(pruned(num_tokens, *dropped) if kind != "unpruned" else None)
+        computed.append(before)
+        scheduled.append(draw(st.integers(least, least + 8)))
+    return requests, computed, scheduled
+
+
+@PROPERTY
+@given(batches())
+def test_rows_follow_the_physical_lengths(batch):
+    requests, computed, scheduled = batch
+    stages = stage_rows(requests, np.array(computed), np.array(scheduled), 3)
+    for stage, rows in enumerate(stages):
+        assert rows.starts.tolist() == [0, *np.cumsum(rows.counts).tolist()]
+        assert rows.counts.min() >= 1
+        indices, idle = rows.cache_indices(), rows.idle.tolist()
+        for i, request in enumerate(requests):
+            before, after = computed[i], computed[i] + scheduled[i]
+            if request is not None:
+                before, after = (request.physical(n)[stage] for n in (before, after))
+            mine = range(rows.starts[i], rows.starts[i + 1])
+            assert [int(indices[r]) for r in mine if r not in idle] == list(range(before, after))
+            assert sum(r in idle for r in mine) == (1 if before == after else 0)
+            assert rows.seq_lens[i] == max(after, 1)
+
+
+@PROPERTY
+@given(batches())
+def test_requests_do_not_influence_each_other(batch):
+    requests, computed, scheduled = batch
+    together = stage_rows(requests, np.array(computed), np.array(scheduled), 3)
+    for i, request in enumerate(requests):
+        alone = stage_rows([request], np.array([computed[i]]), np.array([scheduled[i]]), 3)
+        for a, b in zip(alone, together, strict=True):
+            assert (a.counts[0], a.base[0], a.seq_lens[0]) == (
+                b.counts[i],
+                b.base[i],
+                b.seq_lens[i],
+            )
+
+
+@PROPERTY
+@given(batches())
+def test_known_rows_are_the_counted_rows_and_each_stage_is_part_of_the_one_before(batch):
+    requests, computed, scheduled = batch
+    stages = stage_rows(requests, np.array(computed), np.array(scheduled), 3)
+    for i, request in enumerate(requests):
+        if request is None or isinstance(request.plan.lengths.dropped[0], int):
+            continue
+        before = set(range(scheduled[i]))
+        for stage, rows in enumerate(known_rows(request, computed[i], scheduled[i])):
+            offsets = rows.tolist()
+            assert len(offsets) == stages[stage].counts[i]
+            assert offsets == sorted(set(offsets))
+            assert set(offsets) <= before
+            before = set(offsets)
+            dropped = request.plan.lengths.dropped[stage]
+            kept = [r for r in range(scheduled[i]) if computed[i] + r not in dropped]
+            assert offsets == (kept or offsets[:1])

@@ -1,0 +1,278 @@
+"""What every registered policy promises; a new policy is covered without an edit here."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tokenprune.errors import PolicyError
+from tokenprune.lengths import PromptLayout
+from tokenprune.policies import EngineShape, PlanSkipped, policies
+from tokenprune.policies.base import register_policy
+from tokenprune.request import AXES
+
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+EVERY = [
+    pytest.param(cls, id=f"{axis}-{method}")
+    for axis in AXES
+    for method, cls in policies(axis).items()
+]
+VISUAL = [pytest.param(cls, id=method) for method, cls in policies("visual").items()]
+WHOLE = [p for p in VISUAL if p.values[0].needs_whole_prompt]
+KNOWN = [p for p in VISUAL if not p.values[0].needs_whole_prompt]
+
+ENGINE = EngineShape(num_layers=32, boundaries=(0, 8, 12, 20), max_num_batched_tokens=4096)
+# text, an image of 576 tokens, text
+PROMPT = PromptLayout(600, ((5, 581),))
+
+
+def test_every_kind_of_visual_policy_is_covered():
+    assert VISUAL
+    assert WHOLE
+    assert KNOWN
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_the_registered_class_is_the_one_of_its_module(cls):
+    assert cls is getattr(sys.modules[cls.__module__], cls.__qualname__)
+    assert policies(cls.axis)[cls().method] is cls
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_a_method_cannot_be_registered_twice(cls):
+    with pytest.raises(ValueError, match="already registered"):
+        register_policy(cls)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_a_policy_is_immutable_and_hides_no_field(cls):
+    policy = cls()
+    for name in cls.model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(policy, name, getattr(policy, name))
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        cls(no_such_parameter=1)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_every_parameter_is_described_in_the_json_schema(cls):
+    schema = cls.model_json_schema()
+    assert schema["description"]
+    described = {name for name, s in schema["properties"].items() if s.get("description")}
+    # the method's name is its own description
+    assert described == set(schema["properties"]) - {"method"}
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_a_policy_survives_json(cls):
+    policy = cls()
+    assert cls.model_validate_json(policy.model_dump_json()) == policy
+
+
+@st.composite
+def cases(draw):
+    depth = draw(st.integers(2, 40))
+    inner = draw(st.sets(st.integers(1, depth - 1), min_size=1, max_size=4))
+    engine = EngineShape(depth, (0, *sorted(inner)), 10_000)
+    spans, end = [], 0
+    for text, visual in draw(
+        st.lists(st.tuples(st.integers(0, 9), st.integers(1, 300)), max_size=3)
+    ):
+        spans.append((end + text, end + text + visual))
+        end += text + visual
+    if not spans:
+        spans, end = [(2, 9)], 9
+    layout = PromptLayout(end + draw(st.integers(1, 9)), tuple(spans))
+    ratio = draw(st.floats(0, 1, exclude_min=True))
+    parameters = {"keep_ratio": ratio}
+    if draw(st.booleans()):
+        layers = draw(st.sets(st.sampled_from(engine.boundaries), min_size=1))
+        parameters["prune_layers"] = sorted(layers)
+    return parameters, layout, engine
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+@PROPERTY
+@given(case=cases())
+def test_a_plan_is_the_same_each_time_and_never_grows(cls, case):
+    parameters, layout, engine = case
+    plan = cls(**parameters).plan(layout, engine)
+    assert plan == cls(**parameters).plan(layout, engine)
+    total, ratio = layout.num_visual, parameters["keep_ratio"]
+    assert len(plan.kept) == len(engine.boundaries)
+    assert all(a >= b for a, b in itertools.pairwise((total, *plan.kept)))
+    # the last cut is exact, and something always survives
+    assert plan.kept[-1] == max(1, int(total * ratio))
+    layers = [layer for layer, _ in plan.cuts]
+    assert layers == sorted(set(layers))
+    assert set(layers) <= set(engine.boundaries)
+    for boundary, kept in zip(engine.boundaries, plan.kept, strict=True):
+        in_force = [r for layer, r in plan.cuts if layer <= boundary]
+        assert kept == (max(1, int(total * in_force[-1])) if in_force else total)
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+@PROPERTY
+@given(case=cases())
+def test_lengths_follow_from_the_counts(cls, case):
+    parameters, layout, engine = case
+    plan = cls(**parameters).plan(layout, engine)
+    complete = plan.lengths.all_stages(layout.num_tokens)
+    assert complete == tuple(layout.num_tokens - layout.num_visual + k for k in plan.kept)
+    assert plan.lengths.num_prompt_tokens == layout.num_tokens
+
+
+@pytest.mark.parametrize("cls", KNOWN)
+@PROPERTY
+@given(case=cases())
+def test_ranks_are_nested_and_only_visual_positions_are_dropped(cls, case):
+    parameters, layout, engine = case
+    plan = cls(**parameters).plan(layout, engine)
+    positions = layout.visual_positions()
+    outer = set(range(layout.num_visual))
+    for kept, ranks, dropped in zip(plan.kept, plan.ranks, plan.lengths.dropped, strict=True):
+        assert list(ranks) == sorted(set(ranks))
+        assert len(ranks) == kept
+        assert set(ranks) <= outer
+        outer = set(ranks)
+        assert list(dropped) == sorted(set(positions) - {positions[r] for r in ranks})
+
+
+@pytest.mark.parametrize("cls", KNOWN)
+@pytest.mark.parametrize(
+    ("num_visual", "keep"),
+    [(1, 1), (2, 1), (7, 3), (7, 6), (7, 7), (576, 1), (576, 72), (577, 360)],
+)
+def test_kept_ranks_ascend_without_repeats_in_range(cls, num_visual, keep):
+    ranks = cls().keep_ranks(num_visual, keep)
+    assert len(ranks) == keep
+    assert ranks == sorted(set(ranks))
+    assert ranks[0] >= 0
+    assert ranks[-1] < num_visual
+
+
+@pytest.mark.parametrize("cls", WHOLE)
+def test_a_choice_by_tensors_is_counted_not_named(cls):
+    plan = cls(keep_ratio=0.25).plan(PROMPT, ENGINE)
+    assert plan.ranks is None
+    assert plan.lengths.dropped == tuple(576 - k for k in plan.kept)
+    # its counts hold only for the whole prompt, and the schedule says so before that
+    assert plan.lengths.all_stages(599) == (599,) * 4
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+def test_keep_ratio_one_keeps_everything(cls):
+    plan = cls(keep_ratio=1).plan(PROMPT, ENGINE)
+    assert plan.kept == (576,) * 4
+    for n in (0, 100, 600, 700):
+        assert plan.lengths.all_stages(n) == (n,) * 4
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+@pytest.mark.parametrize(
+    ("ratio", "kept"), [(1e-9, 1), (1 / 577, 1), (0.5, 288), (0.9999, 575), (0.1, 57)]
+)
+def test_keep_is_the_floor_of_the_original_count_and_at_least_one(cls, ratio, kept):
+    assert cls(keep_ratio=ratio).plan(PROMPT, ENGINE).kept[-1] == kept
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+def test_the_last_cut_is_exact_where_one_minus_one_minus_the_ratio_is_less(cls):
+    assert 1 - (1 - 0.1) < 0.1
+    assert cls(keep_ratio=0.1).plan(PromptLayout(120, ((5, 105),)), ENGINE).kept[-1] == 10
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+def test_own_layers_and_ratios_replace_the_published_schedule(cls):
+    policy = cls(prune_layers=[0, 12], keep_ratios=[0.5, 0.25])
+    plan = policy.plan(PROMPT, ENGINE)
+    assert plan.cuts == ((0, 0.5), (12, 0.25))
+    assert plan.kept == (288, 288, 144, 144)
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+def test_own_layers_share_keep_ratio_in_even_steps(cls):
+    plan = cls(prune_layers=[8, 20], keep_ratio=0.5).plan(PROMPT, ENGINE)
+    assert plan.cuts == ((8, 0.75), (20, 0.5))
+
+
+def without(prompt=PROMPT, **changes):
+    values = {"num_layers": 32, "boundaries": ENGINE.boundaries, "max_num_batched_tokens": 4096}
+    return prompt, EngineShape(**{**values, **changes})
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        pytest.param(without(PromptLayout(600)), "no_visual_tokens", id="text-only"),
+        pytest.param(without(unsupported="why"), "model_unsupported", id="unsupported"),
+        pytest.param(
+            without(unsupported="why", boundaries=(0,)), "model_unsupported", id="and-no-boundaries"
+        ),
+        pytest.param(
+            without(PromptLayout(600, ((5, 600),))), "no_text_after_image", id="image-last"
+        ),
+    ],
+)
+def test_nothing_to_prune_is_skipped_with_a_reason(cls, case, reason):
+    with pytest.raises(PlanSkipped) as skipped:
+        cls().plan(*case)
+    assert skipped.value.reason == reason
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+def test_one_text_token_behind_the_image_is_enough(cls):
+    assert cls(keep_ratio=0.5).plan(PromptLayout(582, ((5, 581),)), ENGINE).kept[-1] == 288
+
+
+@pytest.mark.parametrize("cls", WHOLE)
+def test_a_prompt_that_must_be_whole_fits_one_step_or_is_skipped(cls):
+    prompt, engine = without(max_num_batched_tokens=600)
+    assert cls(keep_ratio=0.5).plan(prompt, engine).kept[-1] == 288
+    with pytest.raises(PlanSkipped, match="prompt_exceeds_batch"):
+        cls().plan(*without(max_num_batched_tokens=599))
+
+
+@pytest.mark.parametrize("cls", KNOWN)
+def test_a_choice_without_tensors_takes_prompts_of_any_length(cls):
+    assert cls(keep_ratio=0.5).plan(*without(max_num_batched_tokens=16)).kept[-1] == 288
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+def test_layers_off_the_boundaries_are_refused_with_the_legal_ones(cls):
+    with pytest.raises(PolicyError, match=r"\[0, 8, 12, 20\], got \[9\]") as refused:
+        cls(prune_layers=[8, 9]).plan(PROMPT, ENGINE)
+    assert refused.value.param == "pruning.visual.prune_layers"
+
+
+@pytest.mark.parametrize("cls", VISUAL)
+def test_an_engine_without_boundaries_is_refused_with_the_flag(cls):
+    with pytest.raises(PolicyError, match="--prune-layers"):
+        cls().plan(*without(boundaries=(0,)))
+
+
+PLAN_EVERYTHING = """
+import sys
+from tokenprune.lengths import PromptLayout
+from tokenprune.policies import EngineShape, policies
+engine = EngineShape(32, (0, 8, 12, 20), 4096)
+for axis in ("visual", "kv", "channels"):
+    for cls in policies(axis).values():
+        cls().plan(PromptLayout(600, ((5, 581),)), engine)
+        print(cls.__name__)
+heavy = {"torch", "vllm", "triton"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_planning_needs_neither_torch_nor_vllm():
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN_EVERYTHING], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == len(EVERY)

@@ -1,0 +1,233 @@
+"""Physical lengths: properties over random plans and chunkings, and the named edge cases."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenprune.engine.step import PrunedRequest, known_rows, stage_rows
+from tokenprune.lengths import PhysicalLengths, PromptLayout
+from tokenprune.policies import VisualPlan
+from tokenprune.request import OFF, RequestPlan
+
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+NUM_STAGES = 3
+
+
+@st.composite
+def layouts(draw):
+    segments = draw(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6)), max_size=3))
+    spans, end = [], 0
+    for text, visual in segments:
+        spans.append((end + text, end + text + visual))
+        end += text + visual
+    tail = draw(st.integers(0 if spans else 1, 5))
+    return PromptLayout(end + tail, tuple(spans))
+
+
+@st.composite
+def known_plans(draw):
+    """A layout, and lengths that name the dropped positions; later stages drop more."""
+    layout = draw(layouts())
+    visual = layout.visual_positions()
+    # per visual token the first stage without it; NUM_STAGES keeps it everywhere
+    gone = draw(st.lists(st.integers(0, NUM_STAGES), min_size=len(visual), max_size=len(visual)))
+    dropped = tuple(
+        tuple(p for p, stage in zip(visual, gone, strict=True) if stage <= s)
+        for s in range(NUM_STAGES)
+    )
+    return layout, PhysicalLengths(layout.num_tokens, dropped)
+
+
+@st.composite
+def counted_plans(draw):
+    """A layout, and lengths that name how many are dropped; later stages drop more."""
+    layout = draw(layouts())
+    counts = st.integers(0, layout.num_visual)
+    dropped = sorted(draw(st.lists(counts, min_size=NUM_STAGES, max_size=NUM_STAGES)))
+    return layout, PhysicalLengths(layout.num_tokens, tuple(dropped))
+
+
+def chunkings(total):
+    """Ascending numbers of computed tokens, from 0 to `total`."""
+    inner = st.sets(st.integers(1, total - 1)) if total > 1 else st.just(set())
+    return inner.map(lambda cuts: [0, *sorted(cuts), total])
+
+
+@st.composite
+def known_plans_and_chunkings(draw):
+    layout, lengths = draw(known_plans())
+    return lengths, draw(chunkings(layout.num_tokens + draw(st.integers(0, 5))))
+
+
+@PROPERTY
+@given(known_plans_and_chunkings())
+def test_increments_of_any_chunking_add_up_to_the_positions_not_dropped(case):
+    lengths, computed = case
+    for stage, dropped in enumerate(lengths.dropped):
+        grown, kept = 0, 0
+        for before, after in itertools.pairwise(computed):
+            grown += lengths.physical(after, stage) - lengths.physical(before, stage)
+            kept += sum(p not in dropped for p in range(before, after))
+            assert grown == kept == lengths.physical(after, stage)
+
+
+@PROPERTY
+@given(known_plans())
+def test_a_known_plan_grows_by_one_for_a_kept_token_and_by_none_for_a_dropped_one(case):
+    layout, lengths = case
+    for stage, dropped in enumerate(lengths.dropped):
+        for n in range(layout.num_tokens + 4):
+            step = lengths.physical(n + 1, stage) - lengths.physical(n, stage)
+            assert step == (0 if n in dropped else 1)
+
+
+@PROPERTY
+@given(st.one_of(known_plans(), counted_plans()), st.integers(0, 9))
+def test_no_stage_holds_more_than_the_stage_before_nor_less_than_the_text(case, generated):
+    layout, lengths = case
+    text = layout.num_tokens - layout.num_visual
+    for n in (*range(layout.num_tokens + 1), layout.num_tokens + generated):
+        held = lengths.all_stages(n)
+        assert n >= held[0]
+        assert list(held) == sorted(held, reverse=True)
+        assert held[-1] >= 0
+    assert held[-1] >= text + generated
+
+
+@PROPERTY
+@given(counted_plans())
+def test_a_counted_plan_takes_effect_when_the_prompt_is_complete(case):
+    layout, lengths = case
+    end = layout.num_tokens
+    for stage, dropped in enumerate(lengths.dropped):
+        assert [lengths.physical(n, stage) for n in range(end)] == list(range(end))
+        after = [lengths.physical(n, stage) for n in range(end, end + 5)]
+        assert after == list(range(end - dropped, end - dropped + 5))
+
+
+@PROPERTY
+@given(known_plans())
+def test_known_and_counted_plans_agree_once_the_prompt_is_complete(case):
+    layout, known = case
+    counted = PhysicalLengths(layout.num_tokens, tuple(len(d) for d in known.dropped))
+    for n in range(layout.num_tokens, layout.num_tokens + 4):
+        assert counted.all_stages(n) == known.all_stages(n)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "expected"),
+    [
+        pytest.param((), [0, 1, 2, 3, 4, 5, 6], id="nothing-dropped"),
+        pytest.param((0,), [0, 0, 1, 2, 3, 4, 5], id="first-position"),
+        pytest.param((4,), [0, 1, 2, 3, 4, 4, 5], id="last-prompt-position"),
+        pytest.param((1, 2), [0, 1, 1, 1, 2, 3, 4], id="run"),
+        pytest.param(0, [0, 1, 2, 3, 4, 5, 6], id="count-of-zero"),
+        pytest.param(2, [0, 1, 2, 3, 4, 3, 4], id="count-of-two"),
+    ],
+)
+def test_physical_length_of_a_prompt_of_five(dropped, expected):
+    lengths = PhysicalLengths(5, (dropped,))
+    assert [lengths.physical(n, 0) for n in range(7)] == expected
+
+
+@PROPERTY
+@given(layouts())
+def test_a_layout_counts_what_its_spans_hold(layout):
+    visual = layout.visual_positions()
+    mask = [any(s <= p < e for s, e in layout.visual_spans) for p in range(layout.num_tokens)]
+    assert visual == [p for p, is_visual in enumerate(mask) if is_visual]
+    assert layout.num_visual == len(visual)
+    assert layout.num_text_after == (layout.num_tokens - 1 - visual[-1] if visual else 0)
+
+
+# the two sides of one engine: blocks by the scheduler's rule, rows by the worker's code
+
+
+class Served:
+    """One request as both sides see it, and what its cache holds."""
+
+    def __init__(self, name, layout, lengths, generated):
+        self.layout, self.lengths = layout, lengths
+        self.total = layout.num_tokens + generated
+        self.whole = lengths is not None and any(isinstance(d, int) for d in lengths.dropped)
+        self.pruned = lengths and PrunedRequest(
+            name, layout, RequestPlan(OFF, visual=VisualPlan((), (), None, lengths))
+        )
+        self.reset()
+
+    def reset(self):
+        self.computed = 0
+        self.blocks = [0] * NUM_STAGES
+        self.written = [[] for _ in range(NUM_STAGES)]
+
+    def physical(self, n):
+        return self.lengths.all_stages(n) if self.lengths else (n,) * NUM_STAGES
+
+    def least(self):
+        """Tokens the next chunk must have: the whole prompt for plans that count."""
+        return self.layout.num_tokens if self.whole and self.computed == 0 else 1
+
+
+@st.composite
+def requests(draw):
+    kind = draw(st.sampled_from(["known", "counted", "unpruned"]))
+    if kind == "unpruned":
+        return draw(layouts()), None, draw(st.integers(0, 4))
+    return *draw(known_plans() if kind == "known" else counted_plans()), draw(st.integers(0, 4))
+
+
+@PROPERTY
+@given(
+    st.lists(requests(), min_size=1, max_size=3),
+    st.sampled_from([1, 2, 4, 16]),
+    st.data(),
+)
+def test_the_worker_fills_exactly_the_slots_the_scheduler_counts(drawn, block_size, data):
+    served = [Served(str(i), *case) for i, case in enumerate(drawn)]
+    preemptions = 0
+    while any(s.computed < s.total for s in served):
+        batch = [s for s in served if s.computed < s.total]
+        if len(batch) > 1:
+            batch = [s for s in batch if data.draw(st.booleans())] or batch[:1]
+        scheduled = [data.draw(st.integers(s.least(), s.total - s.computed)) for s in batch]
+        for s, n in zip(batch, scheduled, strict=True):
+            required = [math.ceil(p / block_size) for p in s.physical(s.computed + n)]
+            s.blocks = [max(pair) for pair in zip(s.blocks, required, strict=True)]
+        step(batch, scheduled, block_size)
+        if preemptions < 1 and data.draw(st.booleans()):
+            preemptions += 1
+            batch[0].reset()
+    for s in served:
+        assert [len(w) for w in s.written] == list(s.physical(s.total))
+
+
+def step(batch, scheduled, block_size):
+    computed = np.array([s.computed for s in batch], dtype=np.int32)
+    counts = np.array(scheduled, dtype=np.int32)
+    stages = stage_rows([s.pruned or None for s in batch], computed, counts, NUM_STAGES)
+    for stage, rows in enumerate(stages):
+        indices, idle = rows.cache_indices(), set(rows.idle.tolist())
+        for i, s in enumerate(batch):
+            mine = range(int(rows.starts[i]), int(rows.starts[i + 1]))
+            s.written[stage] += [int(indices[r]) for r in mine if r not in idle]
+            # each slot once, in order, without a gap, and inside the request's blocks
+            assert s.written[stage] == list(range(s.physical(s.computed + scheduled[i])[stage]))
+            assert len(s.written[stage]) <= s.blocks[stage] * block_size
+            assert s.blocks[stage] == math.ceil(len(s.written[stage]) / block_size)
+            assert rows.seq_lens[i] == max(1, len(s.written[stage]))
+    for s, n in zip(batch, scheduled, strict=True):
+        if s.pruned and not s.whole:
+            assert_text_stays(s, n)
+        s.computed += n
+
+
+def assert_text_stays(s, scheduled):
+    visual = set(s.layout.visual_positions())
+    chunk = range(s.computed, s.computed + scheduled)
+    for rows in known_rows(s.pruned, s.computed, scheduled):
+        kept = {s.computed + int(r) for r in rows}
+        assert {p for p in chunk if p not in visual} <= kept
