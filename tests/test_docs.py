@@ -35,7 +35,8 @@ def test_every_relative_link_leads_to_a_file(page):
 
 
 def test_the_readme_table_lists_exactly_the_methods():
-    table = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    methods = README.partition("| method | keeps")[2].partition("\n\n")[0]
+    table = re.findall(r"^\| `(\w+)` \|", methods, re.MULTILINE)
     assert sorted(table) == sorted(m for axis in AXES for m in policies(axis))
 
 
@@ -62,3 +63,24 @@ def test_every_environment_variable_of_ours_is_documented():
     text = "".join((ROOT / page).read_text() for page in PAGES)
     assert used
     assert {variable for variable in used if variable not in text} == set()
+
+
+def test_the_readme_lists_every_metric_and_no_other():
+    from prometheus_client import REGISTRY
+
+    from tokenprune.server import metrics
+
+    assert metrics.NONE  # imported for its registrations
+    ours = {f.name for f in REGISTRY.collect() if f.name.startswith("tokenprune_")}
+    listed = set(re.findall(r"^\| `(tokenprune_\w+)` \|", README, re.MULTILINE))
+    assert {name.removesuffix("_total") for name in listed} == ours
+
+
+def test_the_readme_table_of_the_demo_is_the_committed_run():
+    run = json.loads((ROOT / "bench/results/demo-cpu.json").read_text())
+    for row in run["rows"]:
+        (line,) = re.findall(rf"^{row['method']} +\d.*$", README, re.MULTILINE)
+        figures = [row["usage"]["prompt_tokens"], row["kv_blocks"]]
+        figures += [round(row["ttft_median_seconds"] * 1000)]
+        figures += [round(row["tokens_per_second_median"], 1)]
+        assert set(map(str, figures)) <= set(line.split()), row["method"]

@@ -1,0 +1,264 @@
+"""The demo without its server: what it makes of figures, and how it treats a child process."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from tokenprune.demo import measure
+from tokenprune.demo.local_server import LocalServer
+from tokenprune.demo.report import (
+    WIDTH,
+    Row,
+    changed,
+    compact,
+    flops_share,
+    kv_pool,
+    medians,
+    metrics_table,
+    parse_samples,
+    results_table,
+    verdict,
+)
+from tokenprune.demo.run import describe_machine, run_demo
+from tokenprune.errors import TokenPruneError
+from tokenprune.request import parse_pruning
+
+BEFORE = """\
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="128",engine="0",num_gpu_blocks="512"} 1.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.0
+# TYPE tokenprune_requests_total counter
+tokenprune_requests_total{channels="none",kv="none",outcome="off",visual="none"} 2.0
+# TYPE tokenprune_kv_bytes_saved gauge
+tokenprune_kv_bytes_saved 0.0
+"""
+AFTER = """\
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="128",engine="0",num_gpu_blocks="512"} 1.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.2974559686888455
+# TYPE tokenprune_requests_total counter
+tokenprune_requests_total{channels="none",kv="none",outcome="off",visual="none"} 3.0
+tokenprune_requests_total{channels="none",kv="none",outcome="applied",visual="transprune"} 6.0
+# TYPE tokenprune_requests_created gauge
+tokenprune_requests_created{channels="none",kv="none",outcome="off",visual="none"} 1.7e+09
+# TYPE tokenprune_prefill_flops_total counter
+tokenprune_prefill_flops_total{state="full"} 5.57e+12
+tokenprune_prefill_flops_total{state="spent"} 2.228e+12
+# TYPE tokenprune_op_seconds histogram
+tokenprune_op_seconds_bucket{le="+Inf",op="instruction_attention"} 12.0
+tokenprune_op_seconds_count{op="instruction_attention"} 12.0
+tokenprune_op_seconds_sum{op="instruction_attention"} 0.0271
+# TYPE tokenprune_kv_bytes_saved gauge
+tokenprune_kv_bytes_saved 0.0
+"""
+
+
+def _usage(kept: list[int] | None) -> dict[str, Any]:
+    pruning = {"visual_tokens": 2304, "visual_tokens_kept": kept}
+    return {"prompt_tokens": 2333, **({"pruning": pruning} if kept is not None else {})}
+
+
+def _rows(pruned_blocks: int = 65) -> list[Row]:
+    cut = _usage([2304, 1440, 288, 288])
+    return [
+        Row("off", 152, _usage(None), [3.0, 9.0, 3.2], [30.0, 28.0, 29.0]),
+        Row("uniform", 65, cut, [1.3, 1.2, 1.4], [31.0, 31.0, 31.0]),
+        Row("transprune", pruned_blocks, cut, [1.6, 1.5, 7.0], [32.0, 33.0, 31.0]),
+    ]
+
+
+def _lines(renderable: RenderableType) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=200).print(renderable)
+    return [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
+
+
+def test_kv_blocks_are_vllms_own_and_leave_the_null_block_out() -> None:
+    assert kv_pool(parse_samples(BEFORE)) == (0, 511)
+    assert kv_pool(parse_samples(AFTER)) == (152, 511)
+
+
+def test_page_without_vllms_cache_figures_is_an_error() -> None:
+    with pytest.raises(ValueError, match="KV cache usage"):
+        kv_pool(parse_samples("tokenprune_kv_bytes_saved 0.0\n"))
+
+
+def test_only_our_changed_samples_are_listed() -> None:
+    assert changed(parse_samples(BEFORE), parse_samples(AFTER)) == [
+        ("tokenprune_op_seconds_count", {"op": "instruction_attention"}, None, 12),
+        ("tokenprune_op_seconds_sum", {"op": "instruction_attention"}, None, 0.0271),
+        ("tokenprune_prefill_flops_total", {"state": "full"}, None, 5.57e12),
+        ("tokenprune_prefill_flops_total", {"state": "spent"}, None, 2.228e12),
+        ("tokenprune_requests_total", {"outcome": "applied", "visual": "transprune"}, None, 6),
+        ("tokenprune_requests_total", {"outcome": "off"}, 2, 3),
+    ]
+
+
+def test_metrics_show_old_and_new_value_within_the_width() -> None:
+    lines = _lines(metrics_table(changed(parse_samples(BEFORE), parse_samples(AFTER))))
+    assert max(map(len, lines)) <= WIDTH
+    assert lines[-1].split() == ["tokenprune_requests_total", "outcome=off", "2", "→", "3"]
+
+
+def test_longest_metric_line_fits_the_width() -> None:
+    longest = ("tokenprune_requests_total", {"outcome": "applied", "visual": "transprune"}, 1, 6)
+    name = ("tokenprune_prefill_flops_total", {"state": "spent"}, 1.234e15, 9.876e15)
+    lines = _lines(metrics_table([longest, name]))  # type: ignore[list-item]
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= WIDTH
+
+
+def test_table_shows_medians_ratios_and_stages_within_the_width() -> None:
+    lines = _lines(results_table(_rows()))
+    assert max(map(len, lines)) <= WIDTH
+    off, _, transprune = (line.split() for line in lines[-3:])
+    assert off == ["off", "2333", "2304", "152", "3200", "1.00x", "29.0"]
+    kept = "2304>1440>288>288"
+    assert transprune == ["transprune", "2333", kept, "65", "1600", "0.50x", "32.0"]
+
+
+def test_saved_medians_are_the_shown_ones() -> None:
+    expected = {"ttft_median_seconds": 3.2, "tokens_per_second_median": 29.0}
+    assert medians(_rows()[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (6, "6"),
+        (13824, "13824"),
+        (0.0271, "0.027"),
+        (0.00041, "4e-04"),
+        (2.588, "2.59"),
+        (5.57e12, "5.57T"),
+        (12.3e6, "12.3M"),
+    ],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert compact(value) == text
+
+
+def test_verdict_follows_from_the_figures() -> None:
+    line, is_good = verdict(_rows(), 0.4)
+    assert is_good
+    assert line == (
+        "transprune: 2.3x fewer KV blocks, TTFT 0.50x (prefill FLOPs by formula: 0.40x)"
+    )
+
+
+@pytest.mark.parametrize("blocks", [152, 153, 0], ids=["as-many", "more", "never-seen"])
+def test_verdict_admits_that_no_blocks_were_saved(blocks: int) -> None:
+    line, is_good = verdict(_rows(blocks), None)
+    assert not is_good
+    assert f"off 152, uniform 65, transprune {blocks}" in line
+
+
+def test_flops_share_is_over_the_run() -> None:
+    share = flops_share(changed(parse_samples(BEFORE), parse_samples(AFTER)))
+    assert share == pytest.approx(0.4)
+    assert flops_share([]) is None
+
+
+def test_four_photographs_differ() -> None:
+    content = measure.prompt_content(measure.photographs())
+    urls = {part["image_url"]["url"] for part in content[:-1]}
+    assert len(urls) == 4
+    assert content[-1] == {"type": "text", "text": measure.QUESTION}
+
+
+def test_every_row_asks_for_its_own_method() -> None:
+    fields = measure.pruning_fields(0.25)
+    assert list(fields) == ["off", *measure.METHODS]
+    assert parse_pruning(fields.pop("off")).is_off
+    for name, value in fields.items():
+        policy = parse_pruning(value).policy("visual")
+        assert policy is not None
+        assert policy.model_dump(include={"method", "keep_ratio"}) == {
+            "method": name,
+            "keep_ratio": 0.25,
+        }
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "1.5", "nan", "half"])
+def test_ratio_that_prunes_nothing_is_refused(
+    ratio: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_demo(["--keep-ratio", ratio])
+    assert exit_.value.code == 2
+    assert "must be in (0, 1)" in capsys.readouterr().err
+
+
+def test_result_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_demo(["--json", str(tmp_path / "missing" / "demo.json")])
+    assert exit_.value.code == 2
+
+
+def test_machine_description_holds_no_path() -> None:
+    assert "/" not in json.dumps(describe_machine()).replace("+cpu", "")
+
+
+class Script(LocalServer):
+    """A child process that runs `code` in place of a model server."""
+
+    def __init__(self, code: str, log: Path) -> None:
+        super().__init__(Path("model"), [], log)
+        self._command = [sys.executable, "-c", code]
+
+
+def test_server_that_ends_is_reported_with_its_log(tmp_path: Path) -> None:
+    with Script("raise SystemExit('no such model')", tmp_path / "log") as server:
+        with pytest.raises(TokenPruneError, match="ended before it was ready"):
+            server.wait_until_ready(60)
+        assert server.log_tail() == "no such model"
+
+
+def test_server_that_hangs_is_given_up_and_stopped(tmp_path: Path) -> None:
+    with Script("import time; time.sleep(600)", tmp_path / "log") as server:
+        with pytest.raises(TokenPruneError, match="must be ready within 1 s"):
+            server.wait_until_ready(1)
+        process = server._process
+    assert process is not None
+    assert process.poll() is not None
+
+
+def test_interrupt_stops_the_server(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with Script("import time; time.sleep(600)", tmp_path / "log") as server:
+            children.append(server._process)
+            raise KeyboardInterrupt
+
+    children: list[Any] = []
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert children[0].poll() is not None
+    assert time.monotonic() - started < 10
+
+
+def test_children_of_a_server_that_died_are_stopped(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid)"
+    )
+    with Script(code, tmp_path / "log") as server, pytest.raises(TokenPruneError):
+        server.wait_until_ready(60)
+    stat = Path("/proc") / server.log_tail() / "stat"
+    deadline = time.monotonic() + 10
+    # whoever adopts the child may be slow to reap it
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the child still runs"
+        time.sleep(0.05)

@@ -1,0 +1,129 @@
+"""`usage.pruning`, the header and the stream's last chunk, against sums done by hand."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tokenprune.lengths import PromptLayout
+from tokenprune.policies import EngineShape
+from tokenprune.request import make_plan, parse_pruning
+from tokenprune.server.usage import (
+    PromptRecord,
+    RequestRecord,
+    add_to_stream,
+    header_value,
+    usage_block,
+)
+
+# 8 layers in stages of 2, 1, 5
+ENGINE = EngineShape(num_layers=8, boundaries=(0, 2, 3), max_num_batched_tokens=2048)
+PHOTO = PromptLayout(num_tokens=50, visual_spans=((4, 44),))
+TEXT = PromptLayout(num_tokens=20)
+
+
+def record_of(value: object, *prompts: tuple[PromptLayout, list[int]]) -> RequestRecord:
+    pruning = parse_pruning(value)
+    return RequestRecord(
+        pruning,
+        prompts=[PromptRecord(make_plan(pruning, p, ENGINE), p, list(c)) for p, c in prompts],
+    )
+
+
+HALVES = {"visual": {"method": "uniform", "prune_layers": [2, 3], "keep_ratios": [0.5, 0.25]}}
+
+
+def test_a_pruned_request_reports_what_each_stage_holds() -> None:
+    block = usage_block(record_of(HALVES, (PHOTO, [6])), ENGINE, 100)
+    # 55 tokens computed; stages of 2, 1, 5 layers hold 55, 35, 25
+    assert block == {
+        "applied": {"visual": "uniform", "kv": None, "channels": None},
+        "skipped": {},
+        "visual_tokens": 40,
+        "visual_tokens_kept": [40, 20, 10],
+        "visual_layers": [2, 3],
+        "kv_tokens_logical": 55,
+        "kv_tokens_physical": round((2 * 55 + 35 + 5 * 25) / 8, 1),
+        "kv_bytes_saved": (8 * 55 - 270) * 100,
+    }
+
+
+def test_choices_and_prompts_add_up() -> None:
+    block = usage_block(record_of(HALVES, (PHOTO, [6, 1]), (TEXT, [3])), ENGINE, 100)
+    assert block["visual_tokens"] == 40
+    assert block["visual_tokens_kept"] == [40, 20, 10]
+    assert block["kv_tokens_logical"] == 55 + 50 + 22
+    assert block["kv_bytes_saved"] == 2 * (20 + 5 * 30) * 100
+    assert block["applied"]["visual"] == "uniform"
+    assert block["skipped"] == {"visual": "no_visual_tokens"}
+
+
+def test_keeping_everything_saves_nothing() -> None:
+    block = usage_block(
+        record_of({"visual": {"method": "uniform", "keep_ratio": 1}}, (PHOTO, [6])), ENGINE, 100
+    )
+    assert block["visual_tokens_kept"] == [40, 40, 40]
+    assert block["kv_tokens_physical"] == block["kv_tokens_logical"] == 55
+    assert block["kv_bytes_saved"] == 0
+
+
+def test_a_bypassed_request_only_gives_the_reason() -> None:
+    record = RequestRecord(parse_pruning("balanced"), bypass="beam_search")
+    assert usage_block(record, ENGINE, 100) == {
+        "applied": {"visual": None, "kv": None, "channels": None},
+        "skipped": {"visual": "beam_search"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        pytest.param(
+            record_of(HALVES, (PHOTO, [0])), "visual=uniform;keep_ratio=0.25;layers=2,3", id="cut"
+        ),
+        pytest.param(record_of(HALVES, (TEXT, [0])), "none", id="skipped"),
+    ],
+)
+def test_the_header_names_what_was_applied(record: RequestRecord, expected: str) -> None:
+    assert header_value(record) == expected
+
+
+def passed_through(*chunks: Any) -> list[Any]:
+    async def stream() -> AsyncIterator[Any]:
+        for chunk in chunks:
+            yield chunk
+
+    async def collect() -> list[Any]:
+        return [c async for c in add_to_stream(stream(), lambda: {"applied": {}})]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        pytest.param(": keep-alive\n\n", id="comment"),
+        pytest.param("data: [DONE]\n\n", id="done"),
+        pytest.param('data: {"choices":[{"delta":{"content":"a"}}]}\n\n', id="token"),
+        pytest.param(
+            'data: {"choices":[{"delta":{"content":"\\"usage\\":{"}}]}\n\n', id="text-says-usage"
+        ),
+        pytest.param('data: {"choices":[{"index":0}],"usage":{"total":1}}\n\n', id="running-usage"),
+        pytest.param(b'data: {"choices":[],"usage":{}}\n\n', id="bytes"),
+    ],
+)
+def test_other_chunks_pass_unchanged(chunk: Any) -> None:
+    assert passed_through(chunk) == [chunk]
+
+
+def test_the_closing_chunk_carries_the_block() -> None:
+    (chunk,) = passed_through('data: {"id":"x","choices":[],"usage":{"total_tokens":3}}\n\n')
+    assert chunk.startswith("data: ")
+    assert chunk.endswith("\n\n")
+    assert json.loads(chunk.removeprefix("data: ")) == {
+        "id": "x",
+        "choices": [],
+        "usage": {"total_tokens": 3, "pruning": {"applied": {}}},
+    }

