@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.support import COMPARE, DESCRIBE, TEXT, Answer, Ask, Engine, image, visual
+from tokenprune.errors import DivergenceError
 
 pytestmark = pytest.mark.vllm
 
@@ -141,12 +143,9 @@ def test_preempted_requests_end_as_if_they_had_run_alone(cramped: Engine) -> Non
         for pruning in (visual("transprune", 0.25), None, visual("uniform", 0.5))
     ]
     alone = [cramped.ask(ask)[0] for ask in asks]
-    before = (
-        cramped.scheduler.num_preemptions if hasattr(cramped.scheduler, "num_preemptions") else None
-    )
     preempted = count_preemptions(cramped)
     together = cramped.ask(*asks)
-    assert preempted(), f"nothing was preempted ({before})"
+    assert preempted(), "the pool must be too small for all of them"
     for ask, expected, answer in zip(asks, alone, together, strict=True):
         assert answer.agrees_with(expected, 1e-3), ask
     assert cramped.blocks_missing == 0
@@ -213,3 +212,20 @@ def count_preemptions(engine: Engine) -> Any:
 
     scheduler._preempt_request = counted
     return lambda: len(seen)
+
+
+def test_a_scheduler_that_counts_otherwise_stops_the_engine_before_it_writes(
+    checkpoint: Path,
+) -> None:
+    engine = Engine(checkpoint)
+    try:
+        request_id = internal_id(engine, start(engine, Ask(DESCRIBE, (1,), visual("uniform"))))
+        plans = engine.scheduler._plans
+        dropped = plans[request_id].lengths.dropped
+        wrong = replace(plans[request_id].lengths, dropped=(dropped[0], *dropped[:-1]))
+        visual_plan = replace(plans[request_id].visual, lengths=wrong)
+        plans[request_id] = replace(plans[request_id], visual=visual_plan)
+        with pytest.raises(DivergenceError, match=request_id):
+            engine.llm.llm_engine.step()
+    finally:
+        engine.close()

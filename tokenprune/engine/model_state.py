@@ -18,6 +18,10 @@ from vllm.v1.worker.utils import AttentionGroup
 from tokenprune.engine.kv_cache import StagedAttentionSpec
 
 
+# backends whose metadata holds both tables and nothing computed from them
+_TABLES_ARE_PLAIN = ("CPU_ATTN", "TRITON_ATTN")
+
+
 @dataclass(frozen=True, slots=True)
 class StagedStep:
     """The stage batches of one step that holds pruned requests.
@@ -145,7 +149,7 @@ def _derive(
     builder = target[0].get_metadata_builder(0)
     if builder.supports_update_block_table:
         derived = builder.update_block_table(metadata, block_table, slot_mapping)
-    elif hasattr(metadata, "block_table") and hasattr(metadata, "slot_mapping"):
+    elif source[0].backend.get_name() in _TABLES_ARE_PLAIN:
         derived = dataclasses.replace(metadata, block_table=block_table, slot_mapping=slot_mapping)
     else:
         return None
