@@ -1,0 +1,114 @@
+"""Tiny random checkpoints of models that we serve but cannot prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+NAMES = ("qwen2_vl", "qwen3_vl", "llama")
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_POSITIONS = 4096
+
+
+def build(name: str, tokenizer_of: Path, path: Path) -> Path:
+    """Write one of `NAMES` to `path`, with the tokenizer of another checkpoint."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
+    classes = {"qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL"}
+    if name in classes:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(_SPECIAL)})
+        tokenizer.image_token, tokenizer.video_token = _SPECIAL[2:]
+        config = _vision_language_config(name, tokenizer)
+        _processor(classes[name], config, tokenizer).save_pretrained(path)
+        model_class = f"{classes[name]}ForConditionalGeneration"
+    else:
+        config = transformers.LlamaConfig(
+            **_decoder(tokenizer), tie_word_embeddings=False, dtype="float32"
+        )
+        model_class = "LlamaForCausalLM"
+    tokenizer.save_pretrained(path)
+    model = getattr(transformers, model_class)(config)
+    _randomize(model, tokenizer.all_special_ids)
+    model.save_pretrained(path)
+    return path
+
+
+def _decoder(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": _POSITIONS,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def _vision_language_config(name: str, tokenizer: Any) -> Any:
+    from transformers import AutoConfig
+
+    text, vision = _decoder(tokenizer), {"depth": 2, "num_heads": 2, "patch_size": 8}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    if name == "qwen2_vl":
+        del text["head_dim"]
+        vision |= {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
+    else:
+        rope["mrope_interleaved"] = True
+        vision |= {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 144,
+            "deepstack_visual_indexes": [0, 1],
+        }
+    ids = tokenizer.convert_tokens_to_ids(list(_SPECIAL))
+    keys = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    return AutoConfig.for_model(
+        name,
+        text_config={**text, "rope_parameters": rope},
+        vision_config=vision,
+        tie_word_embeddings=False,
+        dtype="float32",
+        **dict(zip(keys, ids, strict=True)),
+    )
+
+
+def _processor(family: str, config: Any, tokenizer: Any) -> Any:
+    import transformers
+
+    grid = {
+        "patch_size": config.vision_config.patch_size,
+        "temporal_patch_size": config.vision_config.temporal_patch_size,
+        "merge_size": config.vision_config.spatial_merge_size,
+        "size": {"shortest_edge": 16 * 16, "longest_edge": 96 * 96},
+    }
+    return getattr(transformers, f"{family}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(**grid),
+        tokenizer=tokenizer,
+        video_processor=getattr(transformers, f"{family}VideoProcessor")(**grid),
+    )
+
+
+def _randomize(model: nn.Module, special: list[int]) -> None:
+    """Give unit variance to every layer's output: the usual 0.02 makes all prompts look alike."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            values = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                values = values * 0.1 + (not name.endswith(".bias"))
+            elif "embed_tokens" not in name and "pos_embed" not in name:
+                values *= 1.4 * weight[0].numel() ** -0.5
+            weight.copy_(values)
+        # an answer should neither stop early nor contain an image
+        model.lm_head.weight[special] = 0
