@@ -17,7 +17,6 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from tokenprune.engine.kv_cache import StagedAttentionSpec
 
-
 # backends whose metadata holds both tables and nothing computed from them
 _TABLES_ARE_PLAIN = ("CPU_ATTN", "TRITON_ATTN")
 
