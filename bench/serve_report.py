@@ -76,7 +76,7 @@ def _figures(cell):
         *(f"{x:.0f}" for x in cell["ttft_ms"]),
         f"{cell['token_ms'][1]:.1f}",
         f"{cell['stall_ms'][1]:.0f}",
-        f"{cell['kv_mib_peak']:.1f}",
+        f"{cell['kv_mib_peak']:.1f}" if cell["kv_mib_peak"] else "-",
         str(cell["preemptions"]),
     ]
 
