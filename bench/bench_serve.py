@@ -11,7 +11,8 @@ picture and no text is sent twice to a server, so no cache helps anyone.
 A first check refuses figures (WRONG): off must give stock's greedy tokens, a method that keeps
 everything must give off's, and every answer must say that its method was applied. An untimed
 round reads the peak of the KV cache, since reading takes time from the engine. Preemptions are
-vLLM's count over all rounds, that one too. The load is a closed loop: as many requests as `concurrency` in flight until `--requests` are answered. Ratios pair
+vLLM's count over all rounds, that one too. The load is a closed loop: as many requests as
+`concurrency` in flight until `--requests` are answered. Ratios pair
 the rounds and their median is shown. With --out, one JSON line per cell holds every sample.
 """
 
