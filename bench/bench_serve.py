@@ -18,6 +18,7 @@ the rounds and their median is shown. With --out, one JSON line per cell holds e
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -169,6 +170,8 @@ def parse(arguments=None):
 
 
 def main():
+    # a plain kill must stop the servers too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options, console = parse(), Console(width=80, highlight=False)
     record = manifest("bench.bench_serve", SEED)
     variants = [*(["stock"] if options.baseline else []), *options.variants]

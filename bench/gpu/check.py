@@ -19,6 +19,7 @@ from bench.common import manifest
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("kernels", "times", "eager", "graphs", "serve")
 SEED = 20
+_STOP_SECONDS = 30
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -73,13 +74,19 @@ def commands(step, options):
 def run(command, environment, limit, log):
     """Return None, or why the command failed; its output goes to `log`."""
     with log.open("a") as file:
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=limit
-            )
+            child.wait(limit)
         except subprocess.TimeoutExpired:
+            # a plain kill first: bench_serve stops its servers then
+            child.terminate()
+            try:
+                child.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
             return f"took longer than {limit:.0f} s"
-    return f"ended with status {done.returncode}" if done.returncode else None
+    return f"ended with status {child.returncode}" if child.returncode else None
 
 
 def run_step(step, options, environment):
