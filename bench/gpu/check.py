@@ -104,8 +104,12 @@ def run_step(step, options, environment):
     found.unlink(missing_ok=True)
     seconds = round(time.monotonic() - start, 1)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:]) if error else None
+    if tail is None:
+        log.unlink(missing_ok=True)
+    else:
+        tail = tail.replace(str(ROOT), ".").replace(str(Path.home()), "~")
     end = {"check": "finished", "ok": error is None, "seconds": seconds, "error": error}
-    return [*records, end | ({"log": tail.replace(str(ROOT), ".")} if tail else {})]
+    return [*records, end | ({"log": tail} if tail else {})]
 
 
 def brief(value):
