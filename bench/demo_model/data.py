@@ -70,12 +70,9 @@ class TextLevel:
 _CONTENT = ("digit", "shape", "colour")
 _ALL = questions.PICTURE_FAMILIES
 PICTURE_LEVELS = (
-    PictureLevel(_CONTENT, 1, 3, False, (0,), background=0.05),
-    PictureLevel((*_CONTENT, "where"), 2, 5, False, (0,), background=0.1),
-    PictureLevel(_ALL, 3, 7, True, (0,), background=0.2),
-    PictureLevel(_ALL, 3, 7, True, (0,), background=0.5),
-    PictureLevel(_ALL, 3, 7, True, (0,)),
-    PictureLevel(_ALL, 3, 8, True, (0, 1)),
+    PictureLevel((*_CONTENT, "where"), 1, 4, False, (0,), background=0.05),
+    PictureLevel(_ALL, 3, 7, True, (0, 1), background=0.1),
+    PictureLevel(_ALL, 3, 8, True, (0, 1, 2), background=0.3),
     PictureLevel(_ALL, 3, 8, True, (0, 1, 2)),
     PictureLevel(_ALL, 3, 8, True, (0, 1, 2), most_pictures=2),
 )
@@ -126,7 +123,7 @@ def generator(seed: int, split: Split, track: str, step: int) -> np.random.Gener
 
 def prompt(num_pictures: int, text: str) -> list[int]:
     """Return the tokens of a prompt up to its question: pictures or a document."""
-    ids = [BOS, *encode("USER:"), *[IMAGE] * (NUM_PATCHES * num_pictures)]
+    ids = [BOS, *encode("USER:"), *([IMAGE] * NUM_PATCHES + encode("\n")) * num_pictures]
     return ids + (encode(f" {text}") if text else [])
 
 

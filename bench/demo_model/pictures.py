@@ -1,8 +1,8 @@
 """Pictures of handwritten digits, coloured shapes and a text box, with labels for every patch.
 
 A picture is 96 x 96 pixels: 3 x 3 cells of 4 x 4 patches of 8 x 8 pixels. A cell holds at most one
-object. A digit, a shape or a letter is as large as a patch; on clutter levels 0 and 1 it sits
-exactly on one, on level 2 it may lie anywhere in its cell.
+object. A digit, a shape or a letter is as large as a patch and sits exactly on one. The background
+is plain on clutter level 0, a noisy slope of colours on level 1, and has strokes too on level 2.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.demo_model.words import COLOURS, COLUMNS, DIGITS, LETTERS, ROWS, SHAPES
+from bench.demo_model.words import COLOURS, DIGITS, LETTERS, PLACES, SHAPES
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -31,8 +31,7 @@ PATCH_LABELS = {
     "letter": len(LETTERS),
     "order": BOX_LETTERS,  # of a letter in its box
     "colour": len(COLOURS),
-    "row": CELLS,
-    "column": CELLS,
+    "cell": CELLS * CELLS,
 }
 NO_LABEL = -100
 
@@ -55,18 +54,17 @@ _FONT = {
 
 @dataclass(frozen=True)
 class Thing:
-    """A digit or a shape in a picture; `value` is what it is, `row` and `column` name its cell."""
+    """A digit or a shape in a picture; `value` is what it is, `cell` counts row by row."""
 
     kind: Literal["digit", "shape"]
     value: str
     colour: str
-    row: int
-    column: int
+    cell: int
 
     @property
     def place(self) -> str:
-        """Name of the cell, such as `top left`."""
-        return f"{ROWS[self.row]} {COLUMNS[self.column]}"
+        """Name of the cell, such as `top-left`."""
+        return PLACES[self.cell]
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,14 @@ class Picture:
         pixels: `[96, 96, 3]` uint8.
         things: Digits and shapes; no two digits share a value or a colour, nor do two shapes.
         box: Letters of the text box, or None.
-        box_place: Row and column of the box's cell, or None.
+        box_place: Name of the box's cell, or None.
         labels: `[144]` int64 for each name in `PATCH_LABELS`, `NO_LABEL` where it has no meaning.
     """
 
     pixels: NDArray[np.uint8]
     things: tuple[Thing, ...]
     box: str | None
-    box_place: tuple[int, int] | None
+    box_place: str | None
     labels: dict[str, NDArray[np.int64]] = field(repr=False)
 
 
@@ -188,18 +186,17 @@ def draw(
     labels = {name: np.full(NUM_PATCHES, NO_LABEL, np.int64) for name in PATCH_LABELS}
     cells = np.arange(GRID) // (GRID // CELLS)
     labels["kind"][:] = 0
-    labels["row"][:], labels["column"][:] = np.repeat(cells, GRID), np.tile(cells, GRID)
+    labels["cell"][:] = (cells[:, None] * CELLS + cells).ravel()
 
     def put(mask: NDArray[np.float32], colour: NDArray[np.float32], y: int, x: int) -> int:
         window = canvas[y : y + PATCH, x : x + PATCH]
         window += mask[:, :, None] * (colour - window)
-        return (y + PATCH // 2) // PATCH * GRID + (x + PATCH // 2) // PATCH
+        return y // PATCH * GRID + x // PATCH
 
     def corner(cell: int, width: int) -> tuple[int, int]:
-        step = 1 if clutter >= 2 else PATCH
-        y, x = rng.integers(0, (CELL - PATCH) // step + 1), 0
-        x = rng.integers(0, (CELL - width * PATCH) // step + 1)
-        return cell // CELLS * CELL + int(y) * step, cell % CELLS * CELL + int(x) * step
+        patches = CELL // PATCH
+        y, x = int(rng.integers(patches)), int(rng.integers(patches - width + 1))
+        return cell // CELLS * CELL + y * PATCH, cell % CELLS * CELL + x * PATCH
 
     places = iter(rng.permutation(CELLS * CELLS).tolist())
     things = []
@@ -219,11 +216,11 @@ def draw(
             patch = put(mask, colour.clip(0, 255).astype(np.float32), *corner(cell, 1))
             labels["kind"][patch] = 1 if kind == "digit" else 2
             labels[kind][patch], labels["colour"][patch] = value, paint
-            things.append(Thing(kind, values[value], names[paint], *divmod(cell, CELLS)))
+            things.append(Thing(kind, values[value], names[paint], cell))
     text = place = None
     if box:
         cell = next(places)
-        place = divmod(cell, CELLS)
+        place = PLACES[cell]
         y, x = corner(cell, BOX_LETTERS)
         ink = rng.uniform(0, 60, 3).astype(np.float32)
         canvas[y : y + PATCH, x : x + BOX_LETTERS * PATCH] = rng.uniform(190, 250)

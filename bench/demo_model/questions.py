@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bench.demo_model.pictures import CELLS, Picture
-from bench.demo_model.words import COLOURS, COLUMNS, ROWS
+from bench.demo_model.pictures import Picture
+from bench.demo_model.words import COLOURS, PLACES
 
 Question = tuple[str, str]
 """What is asked, and the answer in the fewest words."""
@@ -34,24 +34,16 @@ def _where(picture: Picture) -> list[Question]:
     painted = [(f"where is the {t.colour} {t.kind}?", t.place) for t in picture.things]
     if picture.box_place is None:
         return named + painted
-    row, column = picture.box_place
-    return [*named, *painted, ("where is the box?", f"{ROWS[row]} {COLUMNS[column]}")]
+    return [*named, *painted, ("where is the box?", picture.box_place)]
 
 
 def _at(picture: Picture) -> list[Question]:
-    content = {(t.row, t.column): f"{t.colour} {t.value}" for t in picture.things}
+    content = {thing.place: thing.value for thing in picture.things}
     if picture.box_place is not None:
         content[picture.box_place] = "box"
-    full = [
-        (f"what is at the {ROWS[row]} {COLUMNS[column]}?", answer)
-        for (row, column), answer in content.items()
-    ]
-    empty = [divmod(cell, CELLS) for cell in range(CELLS * CELLS)]
-    empty = [place for place in empty if place not in content]
     # few empty cells: "nothing" should not become the usual answer
-    return full + [
-        (f"what is at the {ROWS[row]} {COLUMNS[column]}?", "nothing") for row, column in empty[:2]
-    ]
+    content |= dict.fromkeys([place for place in PLACES if place not in content][:2], "nothing")
+    return [(f"what is at the {place}?", answer) for place, answer in content.items()]
 
 
 def _count(picture: Picture) -> list[Question]:

@@ -24,9 +24,10 @@ class Recipe:
         tower_size: Pictures in a step of the first phase.
         picture_tokens: Tokens of pictures and their questions in a step of the second phase, about.
         text_tokens: Tokens of documents and their questions in such a step, about.
-        tower_rate: Highest learning rate of the first phase.
-        rate: Highest learning rate of the second phase.
+        rate: Highest learning rate of AdamW: embeddings, heads, norms and biases.
+        matrix_rate: Highest learning rate of Muon: the matrices inside the layers.
         warmup: Steps until the highest rate, in both phases.
+        decay: Share of each phase, its last, in which the rate falls to nothing.
         chat: Share of batches whose questions follow one another as turns.
         threshold: Accuracy of every family at which a track goes up one level.
         patience: Steps after which it goes up anyway.
@@ -34,17 +35,18 @@ class Recipe:
     """
 
     seed: int = 0
-    tower_steps: int = 2500
-    steps: int = 12000
+    tower_steps: int = 2000
+    steps: int = 5000
     tower_size: int = 32
     picture_tokens: int = 6000
     text_tokens: int = 5000
-    tower_rate: float = 2e-3
-    rate: float = 1.5e-3
-    warmup: int = 200
+    rate: float = 2e-3
+    matrix_rate: float = 0.02
+    warmup: int = 100
+    decay: float = 0.25
     chat: float = 0.1
     threshold: float = 0.92
-    patience: int = 2000
+    patience: int = 500
     half: bool = False
 
 

@@ -1,6 +1,5 @@
 """The training loop without a command line: phases, steps, what a state holds."""
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -44,7 +43,7 @@ class Trainer:
         self.curriculum = Curriculum(recipe.threshold, recipe.patience)
         self.step, self.seconds = 0, 0.0
         self._window: dict[str, float] = {}
-        self.optimizer = self._build_optimizer()
+        self.optimizers = self._build_optimizers()
 
     @property
     def phase(self) -> str:
@@ -68,22 +67,28 @@ class Trainer:
             and tower == (".vision_tower." in name or name.startswith("patch_heads."))
         }
 
-    def _build_optimizer(self) -> torch.optim.AdamW:
-        trained = self._trained().values()
+    def _build_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return Muon for the matrices inside the layers, and AdamW for all else."""
+        trained = self._trained()
+        inside = {name for name, p in trained.items() if ".layers." in name and p.ndim == 2}
+        others = [p for name, p in trained.items() if name not in inside]
         groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
+        matrices = [p for name, p in trained.items() if name in inside]
+        return [
+            torch.optim.Muon(matrices, weight_decay=0.02),
+            torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8),
+        ]
 
     def rate(self) -> float:
-        """Return the learning rate of the next step: warm-up, then a cosine down to 2 %."""
+        """Return the factor of the next step's learning rates: up, flat, and linearly down."""
         recipe, first = self.recipe, self.phase == "tower"
         done = self.step if first else self.step - recipe.tower_steps
         total = recipe.tower_steps if first else recipe.steps
-        wave = 0.51 + 0.49 * math.cos(math.pi * min(1.0, done / max(1, total)))
-        peak = recipe.tower_rate if first else recipe.rate
-        return peak * min(1.0, (done + 1) / recipe.warmup) * wave
+        left = (total - done) / max(1.0, total * recipe.decay)
+        return max(0.0, min(1.0, (done + 1) / recipe.warmup, left))
 
     def plan(self, steps: int) -> list[tuple[Any, ...]]:
         """Return what the batches of the next steps are; `make_batches` makes them anywhere."""
@@ -102,20 +107,22 @@ class Trainer:
     def train_step(self, batches: Any) -> None:
         """Do one step with what `make_batches` returned for it."""
         was = self.phase
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
-        self.optimizer.zero_grad(set_to_none=True)
+        rates = (self.recipe.matrix_rate, self.recipe.rate)
+        for optimizer, highest in zip(self.optimizers, rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate() * highest
+            optimizer.zero_grad(set_to_none=True)
         if was == "tower":
             self._tower_loss(*batches).backward()
         else:
             for track, (level, batch) in batches.items():
                 self._answer_loss(track, level, batch).backward()
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        self.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self._trained().values(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         if self.phase != was:
-            self.optimizer = self._build_optimizer()
+            self.optimizers = self._build_optimizers()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.half)
@@ -204,7 +211,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "curriculum": self.curriculum.to_dict(),
             "window": dict(self._window),
             "rng": torch.get_rng_state(),
@@ -229,8 +236,9 @@ class Trainer:
                 )
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
-        self.optimizer = self._build_optimizer()
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizers = self._build_optimizers()
+        for optimizer, saved_moments in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_moments)
         self.curriculum = Curriculum.from_dict(
             state["curriculum"]
             | {"threshold": self.recipe.threshold, "patience": self.recipe.patience}

@@ -15,7 +15,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
 PAD, BOS, EOS, IMAGE, UNKNOWN = range(5)
 MAX_POSITIONS = 4096
 
-# each image and each text part follows the role directly; a part of text begins with one space,
+# a line end after each image tells the model which one it is; a part of text begins with one space,
 # because every word token includes the space before it
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = """\
 {%- if part['type'] == 'text' -%}
 {{- ' ' + part['text'] -}}
 {%- elif part['type'] in ('image', 'image_url') -%}
-{{- '<image>' -}}
+{{- '<image>\\n' -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}

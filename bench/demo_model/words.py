@@ -13,8 +13,12 @@ COLOURS = {
 }
 SHAPES = ("square", "circle", "triangle", "cross", "diamond")
 LETTERS = "ACEFHKLNPTUX"
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "centre", "right")
+# the nine cells of a picture, row by row; one word each, so that naming one takes one look
+PLACES = (
+    *("top-left", "top", "top-right"),
+    *("left", "centre", "right"),
+    *("bottom-left", "bottom", "bottom-right"),
+)
 
 NAMES = (
     *("anna", "bruno", "clara", "david", "elena", "felix", "grace", "henry"),
@@ -40,7 +44,5 @@ GLUE = (
 )
 
 WORDS = tuple(
-    dict.fromkeys(
-        (*GLUE, *COLOURS, *SHAPES, *ROWS, *COLUMNS, *NAMES, *ITEMS, *ADJECTIVES, *NOUNS, *VERBS)
-    )
+    dict.fromkeys((*GLUE, *COLOURS, *SHAPES, *PLACES, *NAMES, *ITEMS, *ADJECTIVES, *NOUNS, *VERBS))
 )

@@ -37,12 +37,10 @@ def _same_state(first, second):
     assert one["window"] == two["window"]
     for name, tensor in one["model"].items():
         assert torch.equal(tensor, two["model"][name]), name
-    moments = [s["optimizer"]["state"] for s in (one, two)]
-    assert moments[0].keys() == moments[1].keys()
-    for index in moments[0]:
-        assert all(
-            torch.equal(moments[0][index][k], moments[1][index][k]) for k in moments[0][index]
-        )
+    for ours, theirs in zip(one["optimizers"], two["optimizers"], strict=True):
+        assert ours["state"].keys() == theirs["state"].keys()
+        for index, moments in ours["state"].items():
+            assert all(torch.equal(moments[k], theirs["state"][index][k]) for k in moments)
 
 
 @pytest.mark.parametrize("phase", ["tower", "decoder"])

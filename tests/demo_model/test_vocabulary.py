@@ -54,7 +54,7 @@ def test_the_chat_template_gives_the_trained_prompt():
     ]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == (
-        "<s>USER:<image><image> read the box.\nASSISTANT: AXE</s>"
+        "<s>USER:<image>\n<image>\n read the box.\nASSISTANT: AXE</s>"
         "USER: which digit is red?\nASSISTANT:"
     )
     context = [i for i in data.prompt(2, "") if i != vocabulary.IMAGE]
