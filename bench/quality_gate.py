@@ -1,6 +1,6 @@
 """The accuracy on record beside the weights: `accuracy.json`, and what falls below it.
 
-`bench.demo_model.export` writes the file with `weights` (file and hash), `reached` and `hardest`
+`bench.demo_model.export` writes the file with `weights` (file and hash), `reached` and `easier`
 (levels of the questions, accuracy by family). `bench.quality --record` adds `served`: the unpruned
 accuracy through the engine, over all its questions and over the first ones, which --quick asks
 again. So the gate compares answers to the same questions, and luck of the draw cannot trip it.

@@ -38,7 +38,8 @@ share neither seeds nor handwritten digits.
 {decoder_steps} steps of projector and decoder behind the frozen tower. Such a step sees about
 {picture_tokens} tokens of pictures, with up to ten questions each, and about {text_tokens} of
 documents. Loss on answers only; difficulty goes up with accuracy, and the easiest picture levels
-leave out most of the background. AdamW, learning rate {rate}, {minutes} minutes of steps in all.
+leave out most of the background. Muon for the matrices inside the layers, learning rate
+{matrix_rate}, AdamW for the rest, {rate}; {minutes} minutes of steps in all.
 
 ## Accuracy
 
@@ -48,9 +49,12 @@ Test split, {measure}.
 
 It answers the question forms of its training, in their words, and nothing else. Numbers above are
 its own accuracy without pruning; where they are low, a comparison of pruning methods says little.
-Two pictures a prompt were trained from picture level {two_pictures} on; this run reached picture
-level {picture_level} and text level {text_level}.
+Digits, shapes and letters lie on the patch grid, one to a patch: a photograph means nothing to it.
 """
+
+
+def _numbers(most: int) -> str:
+    return "one picture" if most == 1 else "one or two pictures"
 
 
 def _table(title: str, result: dict[str, Any]) -> str:
@@ -60,8 +64,9 @@ def _table(title: str, result: dict[str, Any]) -> str:
         for family, row in result["families"].items()
     )
     return (
-        f"\n{title}: {pictures.fewest} to {pictures.most} things a picture, clutter up to "
-        f"{max(pictures.clutter)} of 2; documents of up to {text.tokens} tokens.\n\n"
+        f"\n{title}: {_numbers(pictures.most_pictures)} a prompt, {pictures.fewest} to "
+        f"{pictures.most} things a picture, clutter up to {max(pictures.clutter)} of 2; documents "
+        f"of up to {text.tokens} tokens.\n\n"
         f"| family | exact match | questions |\n|---|--:|--:|\n{rows}"
     )
 
@@ -69,7 +74,6 @@ def _table(title: str, result: dict[str, Any]) -> str:
 def model_card(record: dict[str, Any]) -> str:
     """Return the card of an accuracy record made by `export`."""
     recipe, reached = record["recipe"], record["reached"]
-    levels = [level.most_pictures for level in PICTURE_LEVELS]
     return _CARD.format(
         **{key: record["model"][key] for key in ("layers", "hidden", "heads", "kv_heads")},
         tokens=144,
@@ -80,11 +84,9 @@ def model_card(record: dict[str, Any]) -> str:
         picture_tokens=recipe["picture_tokens"],
         text_tokens=recipe["text_tokens"],
         rate=recipe["rate"],
+        matrix_rate=recipe["matrix_rate"],
         minutes=record["minutes"],
         measure=reached["measure"],
         tables=_table("At the levels that training reached", reached)
-        + _table("At the hardest levels", record["hardest"]),
-        two_pictures=next(i for i, most in enumerate(levels) if most > 1),
-        picture_level=reached["picture_level"],
-        text_level=reached["text_level"],
+        + _table("At easier levels", record["easier"]),
     )

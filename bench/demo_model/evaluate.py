@@ -79,12 +79,12 @@ def evaluate(
         trainer: Holder of the model.
         split: Part of the data; `train` is not held out.
         contexts: Pictures and documents to ask about.
-        picture_level: Level of the pictures; the hardest with one picture when None.
-        text_level: Level of the documents; the hardest when None.
+        picture_level: Level of the pictures; the one that training reached when None.
+        text_level: Level of the documents; the one that training reached when None.
     """
-    top = len(data.PICTURE_LEVELS) - 2
-    picture_level = top if picture_level is None else picture_level
-    text_level = len(data.TEXT_LEVELS) - 1 if text_level is None else text_level
+    reached = trainer.curriculum.levels
+    picture_level = reached["picture"] if picture_level is None else picture_level
+    text_level = reached["text"] if text_level is None else text_level
     counts = _accuracy(trainer, _picture_batches(split, picture_level, contexts))
     counts |= _accuracy(trainer, _text_batches(split, text_level, contexts))
     rules = data.TEXT_LEVELS[text_level]

@@ -158,12 +158,12 @@ def export(source: Path, target: Path, contexts: int) -> dict[str, Any]:
             raise ExportError(f"weights must be at most {MOST_BYTES} bytes, got {size}")
         difference = check_checkpoint(trainer, scratch)
         levels = trainer.curriculum.levels
-        hardest = evaluate(trainer, contexts=contexts)
-        reached = evaluate(
+        reached = evaluate(trainer, contexts=contexts)
+        easier = evaluate(
             trainer,
             contexts=contexts,
-            picture_level=min(levels["picture"], len(data.PICTURE_LEVELS) - 2),
-            text_level=levels["text"],
+            picture_level=max(0, levels["picture"] - 1),
+            text_level=max(0, levels["text"] - 2),
         )
         record = {
             "weights": {"file": WEIGHTS, "sha256": digest(scratch / WEIGHTS), "bytes": size},
@@ -172,8 +172,8 @@ def export(source: Path, target: Path, contexts: int) -> dict[str, Any]:
             "recipe": saved["recipe"],
             "model": saved["spec"],
             "logits_difference": difference,
-            "hardest": hardest,
             "reached": reached,
+            "easier": easier,
         }
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         (scratch / "README.md").write_text(model_card(record))
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     show(record["reached"], console)
-    show(record["hardest"], console)
+    show(record["easier"], console)
     size = record["weights"]["bytes"] / 1e6
     console.print(f"wrote {args.folder}, {size:.1f} MB, sha256 {record['weights']['sha256'][:12]}")
     return 0

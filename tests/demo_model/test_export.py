@@ -54,10 +54,10 @@ def test_the_record_belongs_to_the_weights(exported):
     folder, record = exported
     stored = json.loads((folder / "weights" / export.RECORD).read_text())
     assert stored["weights"]["sha256"] == export.digest(folder / "weights" / export.WEIGHTS)
-    assert stored["hardest"] == record["hardest"]
+    assert stored["reached"] == record["reached"]
     card = (folder / "weights" / "README.md").read_text()
     assert stored["weights"]["sha256"] in card
-    assert all(family in card for family in stored["hardest"]["families"])
+    assert all(family in card for family in stored["reached"]["families"])
     assert "apache-2.0" in card
 
 
