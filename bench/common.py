@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokenprune.demo.run import describe_machine
+from tokenprune.demo.machine import describe_machine
 
 _PACKAGES = ("triton", "numpy")
 

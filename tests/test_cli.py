@@ -29,7 +29,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     calls: list[Call] = []
 
     def record(
-        arguments: list[str], prune_layers: list[int] | None = None, default: str | None = None
+        arguments: list[str], prune_layers: list[int] | None, default: str | None, _: object
     ) -> None:
         calls.append((list(arguments), prune_layers, default))
 
@@ -51,6 +51,7 @@ def test_help_explains_ours_and_points_to_vllm() -> None:
     assert code == 0
     assert "--prune-layers" in output
     assert "vllm serve --help" in output
+    assert "Without MODEL" in output
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tokenprune.demo import builtin, quiz
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -91,6 +93,16 @@ def test_wheel_holds_the_interpreter_backend_for_triton(wheel_names: set[str]) -
     site = "tokenprune/triton_cpu/site/"
     files = [name for name in wheel_names if name.startswith(site) and ".dist-info/" in name]
     assert any(name.endswith("/entry_points.txt") for name in files)
+
+
+def test_wheel_holds_the_built_in_model(wheel_names: set[str]) -> None:
+    assert {f"tokenprune/demo/model/{name}" for name in builtin.FILES} <= wheel_names
+
+
+def test_wheel_holds_the_questions_of_the_demo(wheel_names: set[str]) -> None:
+    names = {path.name for path in quiz.FOLDER.iterdir()}
+    assert quiz.INDEX in names
+    assert {f"tokenprune/demo/pictures/{name}" for name in names} <= wheel_names
 
 
 def test_wheel_brings_no_other_top_level_name(wheel_names: set[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.console import Console
 from tokenprune import __version__
 from tokenprune.errors import TokenPruneError
 from tokenprune.request import PRESETS
+
+if TYPE_CHECKING:
+    from tokenprune.engine.default_model import DefaultModel
 
 app = typer.Typer(
     help="Per-request pruning of visual tokens and KV cache inside unmodified vLLM.",
@@ -63,6 +66,17 @@ def _check_preset(value: str | None) -> str | None:
     return value
 
 
+def _builtin_model() -> DefaultModel:
+    from tokenprune.demo import builtin
+    from tokenprune.engine.default_model import DefaultModel
+
+    folder = builtin.model_folder()
+    typer.echo(
+        f"No model named: serving the built-in {builtin.NAME}; its card is {folder / builtin.CARD}"
+    )
+    return DefaultModel(folder, builtin.serve_flags())
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[MODEL] [OPTIONS]",
@@ -91,12 +105,15 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve MODEL over the OpenAI API, as vllm serve does, with per-request pruning."""
+    """Serve MODEL over the OpenAI API, as vllm serve does, with per-request pruning.
+
+    Without MODEL, serve the built-in one: very small, trained on generated pictures and texts.
+    """
     layers, preset = _parse_layers(prune_layers), _check_preset(pruning_default)
 
     from tokenprune.engine.launch import serve as run
 
-    run(context.args, layers, preset)
+    run(context.args, layers, preset, _builtin_model)
 
 
 # the demo reads its own options, `--help` too
@@ -108,7 +125,7 @@ def serve(
     },
 )
 def demo(context: typer.Context) -> None:
-    """Start a small vision-language model and compare pruned with unpruned requests."""
+    """Ask the built-in model with and without pruning, then time a larger model."""
     from tokenprune.demo.run import run_demo
 
     run_demo(context.args)

@@ -4,6 +4,7 @@
     ├── PolicyError (ValueError)        a request names a method, key or value that is not legal
     ├── ConfigurationError (ValueError) the engine cannot be started this way
     ├── VersionError (ImportError)      vLLM is outside the tested range
+    ├── InstallationError (RuntimeError) a file that the package ships is missing or damaged
     └── DivergenceError (RuntimeError)  scheduler and worker disagree about physical lengths
 
 Messages follow one grammar: *subject* must be *rule*, got *value*; *way out*.
@@ -32,6 +33,10 @@ class ConfigurationError(TokenPruneError, ValueError):
 
 class VersionError(TokenPruneError, ImportError):
     """The installed vLLM is not one this version was tested with."""
+
+
+class InstallationError(TokenPruneError, RuntimeError):
+    """A file that comes with this package is not there, or not as it was shipped."""
 
 
 class DivergenceError(TokenPruneError, RuntimeError):

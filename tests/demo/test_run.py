@@ -1,22 +1,21 @@
-"""The demo without its server: what it makes of figures, and how it treats a child process."""
+"""The demo without its servers: what it makes of figures, and when it fails."""
 
 from __future__ import annotations
 
 import io
 import json
-import sys
-import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
-from tokenprune.demo import measure
-from tokenprune.demo.local_server import LocalServer
+from tokenprune.demo import builtin, measure, run
+from tokenprune.demo.machine import describe_machine
 from tokenprune.demo.report import (
     WIDTH,
-    Row,
+    SpeedRow,
     changed,
     compact,
     flops_share,
@@ -27,7 +26,7 @@ from tokenprune.demo.report import (
     results_table,
     verdict,
 )
-from tokenprune.demo.run import describe_machine, run_demo
+from tokenprune.demo.run import run_demo
 from tokenprune.errors import TokenPruneError
 from tokenprune.request import parse_pruning
 
@@ -68,12 +67,12 @@ def _usage(kept: list[int] | None) -> dict[str, Any]:
     return {"prompt_tokens": 2333, **({"pruning": pruning} if kept is not None else {})}
 
 
-def _rows(pruned_blocks: int = 65) -> list[Row]:
+def _rows(pruned_blocks: int = 65) -> list[SpeedRow]:
     cut = _usage([2304, 1440, 288, 288])
     return [
-        Row("off", 152, _usage(None), [3.0, 9.0, 3.2], [30.0, 28.0, 29.0]),
-        Row("uniform", 65, cut, [1.3, 1.2, 1.4], [31.0, 31.0, 31.0]),
-        Row("transprune", pruned_blocks, cut, [1.6, 1.5, 7.0], [32.0, 33.0, 31.0]),
+        SpeedRow("off", 152, _usage(None), [3.0, 9.0, 3.2], [30.0, 28.0, 29.0]),
+        SpeedRow("uniform", 65, cut, [1.3, 1.2, 1.4], [31.0, 31.0, 31.0]),
+        SpeedRow("transprune", pruned_blocks, cut, [1.6, 1.5, 7.0], [32.0, 33.0, 31.0]),
     ]
 
 
@@ -206,59 +205,37 @@ def test_result_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
     assert exit_.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("answers_good", "speed_good", "status"),
+    [(True, True, 0), (False, True, 1), (True, False, 1)],
+)
+def test_either_part_decides_the_exit_status_and_both_are_saved(
+    answers_good: bool,
+    speed_good: bool,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "_compare_answers", lambda *_: ({"verdict": "a"}, answers_good))
+    monkeypatch.setattr(run, "_compare_speed", lambda *_: ({"verdict": "b"}, speed_good))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    file = tmp_path / "demo.json"
+    with nullcontext() if status == 0 else pytest.raises(SystemExit, match="1"):
+        run_demo(["--keep-ratio", "0.25", "--json", str(file)])
+    record = json.loads(file.read_text())
+    assert record["keep_ratio"] == 0.25
+    assert (record["answers"], record["speed"]) == ({"verdict": "a"}, {"verdict": "b"})
+
+
+def test_a_damaged_model_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise TokenPruneError("the weights are damaged")
+
+    monkeypatch.setattr(builtin, "model_folder", refuse)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(TokenPruneError, match="damaged"):
+        run_demo([])
+
+
 def test_machine_description_holds_no_path() -> None:
     assert "/" not in json.dumps(describe_machine()).replace("+cpu", "")
-
-
-class Script(LocalServer):
-    """A child process that runs `code` in place of a model server."""
-
-    def __init__(self, code: str, log: Path) -> None:
-        super().__init__(Path("model"), [], log)
-        self._command = [sys.executable, "-c", code]
-
-
-def test_server_that_ends_is_reported_with_its_log(tmp_path: Path) -> None:
-    with Script("raise SystemExit('no such model')", tmp_path / "log") as server:
-        with pytest.raises(TokenPruneError, match="ended before it was ready"):
-            server.wait_until_ready(60)
-        assert server.log_tail() == "no such model"
-
-
-def test_server_that_hangs_is_given_up_and_stopped(tmp_path: Path) -> None:
-    with Script("import time; time.sleep(600)", tmp_path / "log") as server:
-        with pytest.raises(TokenPruneError, match="must be ready within 1 s"):
-            server.wait_until_ready(1)
-        process = server._process
-    assert process is not None
-    assert process.poll() is not None
-
-
-def test_interrupt_stops_the_server(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with Script("import time; time.sleep(600)", tmp_path / "log") as server:
-            children.append(server._process)
-            raise KeyboardInterrupt
-
-    children: list[Any] = []
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert children[0].poll() is not None
-    assert time.monotonic() - started < 10
-
-
-def test_children_of_a_server_that_died_are_stopped(tmp_path: Path) -> None:
-    code = (
-        "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "print(child.pid)"
-    )
-    with Script(code, tmp_path / "log") as server, pytest.raises(TokenPruneError):
-        server.wait_until_ready(60)
-    stat = Path("/proc") / server.log_tail() / "stat"
-    deadline = time.monotonic() + 10
-    # whoever adopts the child may be slow to reap it
-    while stat.exists() and stat.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "the child still runs"
-        time.sleep(0.05)

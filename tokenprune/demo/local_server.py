@@ -25,17 +25,20 @@ _ANSWER_TIMEOUT_SECONDS = 30.0
 class LocalServer:
     """One server on a free loopback port; leaving the `with` block stops it, whatever happened.
 
+    Without a model it serves the built-in one.
+
     Attributes:
         url: Where it answers.
         log: File with everything it prints.
     """
 
-    def __init__(self, model: Path, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, model: Path | None, arguments: Sequence[str], log: Path) -> None:
         self.log = log
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._command = [
-            *(sys.executable, "-m", "tokenprune.cli", "serve", str(model)),
+            *(sys.executable, "-m", "tokenprune.cli", "serve"),
+            *([] if model is None else [str(model)]),
             *("--host", "127.0.0.1", "--port", str(port), *arguments),
         ]
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,4 +1,4 @@
-"""The requests of the demo: four photographs in one prompt, asked with and without pruning.
+"""The demo's speed measurement: four photographs in one prompt, asked with and without pruning.
 
 * KV blocks held: vLLM's own gauge on the metrics page, read while the answer is generated. These
   requests are not timed, because the page takes time from the engine.
@@ -23,17 +23,21 @@ from openai import DefaultHttpxClient, OpenAI
 from PIL import Image, ImageOps
 
 from tokenprune.demo.local_server import LocalServer
-from tokenprune.demo.report import Row, kv_pool
+from tokenprune.demo.report import SpeedRow, kv_pool
 from tokenprune.errors import TokenPruneError
 
 MODEL = "demo"
 QUESTION = "What do these four pictures have in common?"
+OFF = "off"
 METHODS = ("random", "uniform", "transprune")
 NUM_ROUNDS = 5
 NUM_OUTPUT_TOKENS = 32
 NUM_REQUESTS = (len(METHODS) + 1) * (NUM_ROUNDS + 1)
 
 _TIMEOUT_SECONDS = 120.0
+
+PruningField = str | dict[str, Any]
+PruningFields = dict[str, PruningField]
 
 
 def photographs() -> list[Image.Image]:
@@ -63,24 +67,43 @@ def prompt_content(pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
     return [*parts, {"type": "text", "text": QUESTION}]
 
 
-def pruning_fields(keep_ratio: float) -> dict[str, str | dict[str, Any]]:
-    """Return the `pruning` field per row of the table; the unpruned row comes first."""
-    methods = {m: {"visual": {"method": m, "keep_ratio": keep_ratio}} for m in METHODS}
-    return {"off": "off", **methods}
+def pruning_fields(keep_ratio: float, seed: int = 0) -> PruningFields:
+    """Return the `pruning` field per row of the table; the unpruned row comes first.
+
+    Args:
+        keep_ratio: Share of the visual tokens that survives the last cut.
+        seed: Seed of the random choice.
+    """
+    fields: PruningFields = {OFF: OFF}
+    for method in METHODS:
+        draw = {"seed": seed} if method == "random" else {}
+        fields[method] = {"visual": {"method": method, "keep_ratio": keep_ratio, **draw}}
+    return fields
+
+
+def check_applied(method: str, usage: Mapping[str, Any]) -> None:
+    """Check that an answer's `usage` names the method of its row.
+
+    Raises:
+        TokenPruneError: It names another one or none.
+    """
+    applied = (usage.get("pruning") or {}).get("applied", {}).get("visual")
+    if applied != (None if method == OFF else method):
+        raise TokenPruneError(f"the server must apply {method}, got {dict(usage)}")
 
 
 def measure(
     server: LocalServer,
     content: Sequence[Mapping[str, Any]],
-    fields: Mapping[str, str | dict[str, Any]],
+    fields: PruningFields,
     advance: Callable[[], object],
-) -> list[Row]:
+) -> list[SpeedRow]:
     """Return one row per field, calling `advance` after each of the `NUM_REQUESTS` requests.
 
     Raises:
         TokenPruneError: An answer says that the method was not applied.
     """
-    rows = [Row(name) for name in fields]
+    rows = [SpeedRow(name) for name in fields]
     # a proxy of the environment does not know our loopback
     with OpenAI(
         base_url=f"{server.url}/v1",
@@ -90,11 +113,9 @@ def measure(
         http_client=DefaultHttpxClient(trust_env=False),
     ) as client:
 
-        def ask(row: Row, each_chunk: Callable[[], None] | None = None) -> tuple[float, float]:
+        def ask(row: SpeedRow, each_chunk: Callable[[], None] | None = None) -> tuple[float, float]:
             ttft, rate, row.usage = _ask(client, content, fields[row.method], each_chunk)
-            applied = (row.usage.get("pruning") or {}).get("applied", {}).get("visual")
-            if row.method in METHODS and applied != row.method:
-                raise TokenPruneError(f"the server must apply {row.method}, got {row.usage}")
+            check_applied(row.method, row.usage)
             advance()
             return ttft, rate
 
@@ -119,7 +140,7 @@ def _read_blocks(server: LocalServer, readings: list[int]) -> None:
 def _ask(
     client: OpenAI,
     content: Sequence[Mapping[str, Any]],
-    pruning: str | dict[str, Any],
+    pruning: PruningField,
     each_chunk: Callable[[], None] | None,
 ) -> tuple[float, float, dict[str, Any]]:
     """Return time to first token, tokens per second after it, and the answer's usage."""

@@ -29,14 +29,12 @@ class Row:
         kv_blocks: Blocks of vLLM's pool held while the answer was generated.
         usage: `usage` of the answer, as the server sent it.
         ttft_seconds: Time to first token of each timed request.
-        tokens_per_second: Rate after the first token, of each timed request.
     """
 
     method: str
     kv_blocks: int = 0
     usage: dict[str, Any] = field(default_factory=dict)
     ttft_seconds: list[float] = field(default_factory=list)
-    tokens_per_second: list[float] = field(default_factory=list)
 
     @property
     def ttft_median(self) -> float:
@@ -47,6 +45,22 @@ class Row:
     def kept(self) -> list[int] | None:
         """Visual tokens kept per stage, or None for an unpruned answer."""
         return (self.usage.get("pruning") or {}).get("visual_tokens_kept")
+
+
+@dataclass
+class SpeedRow(Row):
+    """One method's figures with the speed of decoding.
+
+    Attributes:
+        tokens_per_second: Rate after the first token, of each timed request.
+    """
+
+    tokens_per_second: list[float] = field(default_factory=list)
+
+    @property
+    def rate_median(self) -> float:
+        """Median rate of decoding in tokens per second."""
+        return statistics.median(self.tokens_per_second)
 
 
 def parse_samples(text: str) -> Samples:
@@ -89,7 +103,7 @@ def changed(before: Samples, after: Samples) -> list[Change]:
     ]
 
 
-def results_table(rows: Sequence[Row]) -> Table:
+def results_table(rows: Sequence[SpeedRow]) -> Table:
     """Return the table of methods, at most 80 columns wide."""
     full = rows[0]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -104,20 +118,20 @@ def results_table(rows: Sequence[Row]) -> Table:
         table.add_row(
             row.method,
             str(row.usage["prompt_tokens"]),
-            kept_text(row.kept or _all_kept(rows)),
+            kept_text(row.kept or all_kept(rows)),
             str(row.kv_blocks),
             f"{row.ttft_median * 1000:.0f}",
             f"{row.ttft_median / full.ttft_median:.2f}x",
-            f"{statistics.median(row.tokens_per_second):.1f}",
+            f"{row.rate_median:.1f}",
         )
     return table
 
 
-def medians(row: Row) -> dict[str, float]:
+def medians(row: SpeedRow) -> dict[str, float]:
     """Return what the table shows of a row's raw times."""
     return {
         "ttft_median_seconds": row.ttft_median,
-        "tokens_per_second_median": statistics.median(row.tokens_per_second),
+        "tokens_per_second_median": row.rate_median,
     }
 
 
@@ -126,7 +140,7 @@ def kept_text(kept: Iterable[int]) -> str:
     return ">".join(map(str, kept))
 
 
-def _all_kept(rows: Sequence[Row]) -> list[int]:
+def all_kept(rows: Sequence[Row]) -> list[int]:
     """Return what an unpruned prompt keeps; only pruned answers count visual tokens."""
     counts = {row.usage["pruning"]["visual_tokens"] for row in rows if row.kept is not None}
     return sorted(counts)
@@ -172,13 +186,19 @@ def verdict(rows: Sequence[Row], flops: float | None) -> tuple[str, bool]:
         rows: The table's rows; the first is unpruned, and the last is spoken of.
         flops: See `flops_share`.
     """
-    full, *pruned = rows
-    more = [row for row in pruned if row.kv_blocks >= full.kv_blocks]
-    if more or not all(row.kv_blocks for row in rows):
-        text = ", ".join(f"{row.method} {row.kv_blocks}" for row in rows)
-        return f"pruned requests must hold fewer KV blocks than unpruned ones, got {text}", False
-    last = pruned[-1]
+    if complaint := blocks_not_saved(rows):
+        return complaint, False
+    full, last = rows[0], rows[-1]
     ttft = f"TTFT {last.ttft_median / full.ttft_median:.2f}x"
     if flops is not None:
         ttft += f" (prefill FLOPs by formula: {flops:.2f}x)"
     return f"{last.method}: {full.kv_blocks / last.kv_blocks:.1f}x fewer KV blocks, {ttft}", True
+
+
+def blocks_not_saved(rows: Sequence[Row]) -> str | None:
+    """Return a complaint where a pruned row held no fewer blocks than the first, or none at all."""
+    full, *pruned = rows
+    if all(0 < row.kv_blocks < full.kv_blocks for row in pruned):
+        return None
+    text = ", ".join(f"{row.method} {row.kv_blocks}" for row in rows)
+    return f"pruned requests must hold fewer KV blocks than unpruned ones, got {text}"

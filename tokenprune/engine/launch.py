@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from typing import Any
 
 from tokenprune.engine.compat import check_version, vllm_version
 from tokenprune.engine.config import CONFIG_KEY
+from tokenprune.engine.default_model import DefaultModel, names_model
 from tokenprune.errors import ConfigurationError
 
 SCHEDULER_CLS = "tokenprune.engine.scheduler.PruningScheduler"
@@ -59,6 +60,7 @@ def serve(
     arguments: Sequence[str],
     prune_layers: Sequence[int] | None = None,
     default: str | None = None,
+    default_model: Callable[[], DefaultModel] | None = None,
 ) -> None:
     """Run `vllm serve` in this process with the pruning engine.
 
@@ -66,6 +68,7 @@ def serve(
         arguments: All of `vllm serve`'s arguments, which are passed on.
         prune_layers: As in `engine_arguments`.
         default: As in `engine_arguments`.
+        default_model: Called where the arguments name no model; without it vLLM chooses one.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
@@ -78,6 +81,9 @@ def serve(
 
         triton_cpu.activate()
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
+    from_file = _config_file(arguments)
+    if default_model is not None and not names_model(arguments, from_file):
+        command = [*default_model().before(arguments, from_file), *command]
     sys.argv = ["vllm", "serve", *command]
     _run_serve()
 

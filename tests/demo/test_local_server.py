@@ -1,0 +1,67 @@
+"""How the demo treats its child process: it never outlives the demo, and its log is shown."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenprune.demo.local_server import LocalServer
+from tokenprune.errors import TokenPruneError
+
+
+class Script(LocalServer):
+    """A child process that runs `code` in place of a model server."""
+
+    def __init__(self, code: str, log: Path) -> None:
+        super().__init__(Path("model"), [], log)
+        self._command = [sys.executable, "-c", code]
+
+
+def test_server_that_ends_is_reported_with_its_log(tmp_path: Path) -> None:
+    with Script("raise SystemExit('no such model')", tmp_path / "log") as server:
+        with pytest.raises(TokenPruneError, match="ended before it was ready"):
+            server.wait_until_ready(60)
+        assert server.log_tail() == "no such model"
+
+
+def test_server_that_hangs_is_given_up_and_stopped(tmp_path: Path) -> None:
+    with Script("import time; time.sleep(600)", tmp_path / "log") as server:
+        with pytest.raises(TokenPruneError, match="must be ready within 1 s"):
+            server.wait_until_ready(1)
+        process = server._process
+    assert process is not None
+    assert process.poll() is not None
+
+
+def test_interrupt_stops_the_server(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with Script("import time; time.sleep(600)", tmp_path / "log") as server:
+            children.append(server._process)
+            raise KeyboardInterrupt
+
+    children: list[Any] = []
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert children[0].poll() is not None
+    assert time.monotonic() - started < 10
+
+
+def test_children_of_a_server_that_died_are_stopped(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid)"
+    )
+    with Script(code, tmp_path / "log") as server, pytest.raises(TokenPruneError):
+        server.wait_until_ready(60)
+    stat = Path("/proc") / server.log_tail() / "stat"
+    deadline = time.monotonic() + 10
+    # whoever adopts the child may be slow to reap it
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the child still runs"
+        time.sleep(0.05)
