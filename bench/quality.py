@@ -1,24 +1,24 @@
 """Measure what pruning costs in accuracy: task x method x keep ratio, through the served engine.
 
-    python -m bench.quality --model DIR [-n 500] [--out DIR] [--quick] [--record]
+    python -m bench.quality [--model DIR] [-n 500] [--out DIR] [--quick] [--record]
 
+Without --model it is the built-in model, as in `make quality`, which then updates the README.
 Held-out questions of `bench/demo_model` go to `tokenprune serve` over the OpenAI API, greedy and
 several at a time; an answer counts if it matches exactly. `off`, `random` and `uniform` are in
 every table. A sample of each cell is answered again by a transformers loop that drops the same
 rows. An interrupted run goes on where it stopped, from answers.jsonl in the output folder.
---quick asks fewer questions, keeps no answers, and fails where the unpruned model is worse than
-accuracy.json beside the weights says. Words after `--` go to `tokenprune serve`.
+--quick asks fewer questions, keeps no answers unless --out is given, and fails where the
+unpruned model is worse than accuracy.json beside the weights says. Words after `--` go to
+`tokenprune serve`.
 """
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -36,24 +36,27 @@ from bench.quality_gate import (
     levels_of,
     read_record,
 )
+from bench.quality_output import summarize, write_results
 from bench.quality_serve import ask_server, bar, server_arguments
-from bench.quality_store import HF, SERVED, Answers, model_hash, write_whole
+from bench.quality_store import HF, SERVED, Answers, code_hash, model_hash
 from bench.quality_tasks import (
-    BASELINES,
+    HF_AXES,
     OFF,
     TASKS,
     Cell,
     Item,
     Levels,
+    all_methods,
     item,
     make_cells,
     tasks_at,
 )
+from tokenprune.demo.builtin import FOLDER
 from tokenprune.errors import TokenPruneError
 
 DEFAULT_OUT = Path("bench/results/quality")
-QUICK_RATIOS, QUICK_HF = (0.25,), 2
-_METHODS = ("off", "random", "uniform", "transprune")
+# the gate is about the unpruned model; a few pruned questions show that pruning runs
+QUICK_RATIOS, QUICK_HF, QUICK_PRUNED_N = (0.25,), 2, 25
 
 Work = list[tuple[Cell, Item]]
 
@@ -66,41 +69,6 @@ def check_with_hf(model: Path, work: Work, answers: Answers, console: Console) -
         for cell, asked in work:
             checker.check(cell, asked, answers)
             advance(cell)
-
-
-def report(
-    options: argparse.Namespace, rows: list[quality_report.Row], answers: Answers, model: str
-) -> str:
-    """Write the table, the figures and the pictures; return what the table says in words."""
-    from bench.quality_plot import draw, pareto
-
-    axes = dict.fromkeys(row.axis for row in rows)
-    rows = [*(row for axis in axes for row in quality_report.pooled(rows, axis)), *rows]
-    commits = dict.fromkeys(f"{run['git_sha']}"[:7] for run in answers.runs)
-    facts = (
-        f"{options.n} questions a cell; model {model[:12]}, seed {options.seed}, commit "
-        f"{', '.join(commits)}. *tokens*: kept of seen, mean over layers and prompts. *right*: "
-        "exact matches, with 95 % Wilson intervals. *HF*: sampled answers that equal those of a "
-        "transformers loop which drops the same rows."
-    )
-    verdict = "\n".join(
-        f"{method} above random with disjoint intervals: "
-        + (", ".join(f"{r.task} at {r.keep_ratio:g}" for r in better) or "nowhere")
-        for method in dict.fromkeys(row.method for row in rows)
-        if method not in (OFF, *BASELINES)
-        for better in [quality_report.wins(rows, method)]
-    )
-    write_whole(options.out / "quality.csv", quality_report.csv_text(rows))
-    table = quality_report.markdown(rows)
-    notes = "\n\n".join(fill(text, 79) for text in (facts, verdict) if text)
-    write_whole(options.out / "quality.md", f"{table}\n{notes}\n")
-    runs = {"model": model, "n": options.n, "runs": answers.runs}
-    write_whole(options.out / "quality.json", json.dumps(runs, indent=1) + "\n")
-    for axis in axes:
-        if panels := pareto(rows, axis):
-            for ending, content in draw(panels, axis).items():
-                write_whole(options.out / f"quality-{axis}.{ending}", content)
-    return f"{table}\n{verdict}"
 
 
 def measure(options: argparse.Namespace, console: Console) -> int:
@@ -122,16 +90,20 @@ def measure(options: argparse.Namespace, console: Console) -> int:
     if options.quick:
         # a missing record is told now, not after all questions
         recorded = expected(record, model, options.seed, levels, options.n)
-    questions = {
-        name: [item(name, index, options.seed, levels) for index in range(options.n)]
-        for name in tasks
-    }
     serving = server_arguments(options.model, options.serve)
     header: dict[str, Any] = {"model": model, "seed": options.seed, "server": serving}
-    with Answers(options.out / "answers.jsonl", header) as answers:
+    with Answers(options.out / "answers.jsonl", {**header, "code": code_hash()}) as answers:
+        questions = {
+            name: [item(name, index, options.seed, levels) for index in range(options.n)]
+            for name in tasks
+        }
+        asked = {
+            cell: questions[cell.task][: None if cell.method == OFF else options.pruned_n]
+            for cell in cells
+        }
 
         def missing(by: str, most: int) -> Work:
-            pairs = [(cell, asked) for cell in cells for asked in questions[cell.task][:most]]
+            pairs = [(cell, one) for cell, items in asked.items() for one in items[:most]]
             return [(c, i) for c, i in pairs if answers.get(c, i.index, by, i.digest) is None]
 
         if work := missing(SERVED, options.n):
@@ -141,10 +113,20 @@ def measure(options: argparse.Namespace, console: Console) -> int:
                 concurrency=options.concurrency,
                 console=console,
             )
-        if work := missing(HF, options.hf):
+        work = [(c, i) for c, i in missing(HF, options.hf) if c.method == OFF or c.axis in HF_AXES]
+        if work:
             check_with_hf(options.model, work, answers, console)
-        rows = quality_report.make_rows(cells, questions, answers)
-        console.print(report(options, rows, answers, model), markup=False, soft_wrap=True)
+        rows = quality_report.make_rows(asked, answers)
+        summary = summarize(
+            model=model,
+            seed=options.seed,
+            n=options.n,
+            pruned_n=options.pruned_n,
+            levels=levels,
+            runs=answers.runs,
+        )
+        shown = write_results(options.out, quality_report.with_pools(rows), summary)
+        console.print(shown, markup=False, soft_wrap=True)
         if options.record:
             first = [
                 quality_report.make_row(c, questions[c.task][:QUICK_N], answers)
@@ -179,13 +161,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "bench.quality", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder of the checkpoint")
+    add("--model", type=Path, default=FOLDER, help="folder of the checkpoint; default: built-in")
     add("--tasks", type=_names, help=f"default: all at the level of {','.join(TASKS)}")
-    add("--methods", type=_names, default=list(_METHODS), help="where a task's axis has them")
+    add("--methods", type=_names, help="where a task's axis has them; default: all there are")
     add("--keep-ratios", type=_ratios, help="default: 0.5,0.25,0.125")
     add("-n", type=_positive, help="questions a cell, default 500")
     add("--hf", type=int, help="of those, checked by transformers, default 20")
-    add("--concurrency", type=_positive, default=8, help="requests at a time")
+    add("--concurrency", type=_positive, default=16, help="requests at a time")
     add("--seed", type=int, default=0, help="of the questions")
     reached = "difficulty; default: what training reached"
     add("--picture-level", type=int, choices=range(LEVELS["picture"]), help=reached)
@@ -199,7 +181,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(ours[:cut])
     options.serve = ours[cut + 1 :]
     quick = options.quick
+    options.methods = options.methods or all_methods()
     options.n = options.n or (QUICK_N if quick else 500)
+    options.pruned_n = min(options.n, QUICK_PRUNED_N) if quick else options.n
     options.hf = (QUICK_HF if quick else 20) if options.hf is None else options.hf
     options.keep_ratios = options.keep_ratios or (QUICK_RATIOS if quick else [0.5, 0.25, 0.125])
     return options
@@ -207,8 +191,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    # a plain kill must stop the server too
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # a plain kill must stop the server too. asyncio ends its tasks in order on an interrupt only,
+    # which background jobs of a shell ignore unless told otherwise
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     console = Console(highlight=False)
     try:
         if options.quick and options.out is None:

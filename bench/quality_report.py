@@ -2,12 +2,13 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from math import sqrt
+from typing import Any
 
 from bench.quality_store import HF, SERVED, Answers
-from bench.quality_tasks import OFF, Cell, Item, is_right
+from bench.quality_tasks import BASELINES, OFF, Cell, Item, is_right
 
 _Z = 1.959964  # 95 % of a normal distribution lie within
 
@@ -87,11 +88,9 @@ def make_row(cell: Cell, items: Sequence[Item], answers: Answers) -> Row:
     return Row(*key, n, right, seen / n, kept / n, *hf)
 
 
-def make_rows(
-    cells: Sequence[Cell], questions: Mapping[str, Sequence[Item]], answers: Answers
-) -> list[Row]:
-    """Count all cells; see `make_row`."""
-    rows = [make_row(cell, questions[cell.task], answers) for cell in cells]
+def make_rows(asked: Mapping[Cell, Sequence[Item]], answers: Answers) -> list[Row]:
+    """Count all cells with the questions asked in each; see `make_row`."""
+    rows = [make_row(cell, items, answers) for cell, items in asked.items()]
     # an unpruned prompt keeps what the same prompt shows when it is pruned
     seen = {(row.task, row.axis): row.seen for row in rows if row.method != OFF}
     return [
@@ -110,7 +109,7 @@ def pooled(rows: Sequence[Row], axis: str) -> list[Row]:
             groups.setdefault((row.method, row.keep_ratio), []).append(row)
     if all(len(group) < 2 for group in groups.values()):
         return []
-    return [_pool(f"all {axis}", group) for group in groups.values()]
+    return [_pool(_pool_name(axis), group) for group in groups.values()]
 
 
 def _pool(name: str, group: Sequence[Row]) -> Row:
@@ -126,6 +125,21 @@ def _pool(name: str, group: Sequence[Row]) -> Row:
     )
 
 
+def is_pool(row: Row) -> bool:
+    """Return whether a row is one of `pooled`."""
+    return row.task == _pool_name(row.axis)
+
+
+def _pool_name(axis: str) -> str:
+    return f"all {axis}"
+
+
+def with_pools(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with those over all tasks of an axis in front."""
+    axes = dict.fromkeys(row.axis for row in rows)
+    return [*(row for axis in axes for row in pooled(rows, axis)), *rows]
+
+
 def wins(rows: Iterable[Row], method: str, over: str = "random") -> list[Row]:
     """Return the rows of `method` whose interval lies above that of `over` at the same ratio."""
     rows = list(rows)
@@ -136,6 +150,27 @@ def wins(rows: Iterable[Row], method: str, over: str = "random") -> list[Row]:
         if row.method == method
         and row.interval[0] > floor.get((row.task, row.axis, row.keep_ratio), 1.0)
     ]
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Say in a line per method where its interval lies wholly above or below that of `random`."""
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows):
+        if method not in (OFF, *BASELINES):
+            above, below = wins(rows, method), wins(rows, BASELINES[0], over=method)
+            lines.append(
+                f"{method} against {BASELINES[0]}, disjoint intervals at the same keep_ratio: "
+                f"above in {_places(above)}; below in {_places(below)}."
+            )
+    return "\n".join(lines)
+
+
+def _places(rows: Sequence[Row]) -> str:
+    ratios: dict[str, list[str]] = {}
+    for row in rows:
+        ratios.setdefault(row.task, []).append(f"{row.keep_ratio:g}")
+    named = (f"{task} ({', '.join(values)})" for task, values in ratios.items())
+    return ", ".join(named) or "no task"
 
 
 HEADINGS = ("task", "method", "keep", "tokens", "right %", "95 %", "HF")
@@ -168,7 +203,7 @@ def _fields(row: Row) -> tuple[str, ...]:
         f"{row.kept:.0f}/{row.seen:.0f}",
         f"{100 * row.accuracy:.1f}",
         f"{100 * low:.1f}-{100 * high:.1f}",
-        f"{row.hf_same}/{row.hf_n}",
+        f"{row.hf_same}/{row.hf_n}" if row.hf_n else "",
     )
 
 
@@ -180,6 +215,23 @@ def csv_text(rows: Sequence[Row]) -> str:
     writer.writeheader()
     for row in rows:
         figures = dict(zip(bounds, (row.accuracy, *row.interval), strict=True))
-        fields = {**asdict(row), "seen": round(row.seen, 2), "kept": round(row.kept, 2)}
-        writer.writerow({**fields, **{k: f"{v:.4f}" for k, v in figures.items()}})
+        counts = {**asdict(row), "seen": round(row.seen, 2), "kept": round(row.kept, 2)}
+        writer.writerow({**counts, **{k: f"{v:.4f}" for k, v in figures.items()}})
     return file.getvalue()
+
+
+def read_csv(text: str) -> list[Row]:
+    """Return the rows that `csv_text` wrote; intervals are worked out again from the counts.
+
+    Raises:
+        ValueError: The text is something else.
+    """
+    kinds: dict[str, Callable[[str], Any]] = {"task": str, "axis": str, "method": str}
+    kinds |= {"keep_ratio": float, "seen": float, "kept": float}
+    try:
+        return [
+            Row(**{f.name: kinds.get(f.name, int)(line[f.name]) for f in fields(Row)})
+            for line in csv.DictReader(io.StringIO(text))
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a table of this harness: {error!r}") from None

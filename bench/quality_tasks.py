@@ -16,6 +16,8 @@ from tokenprune.policies import policies
 OFF = "off"
 BASELINES = ("random", "uniform")
 _AXES = ("visual", "kv", "channels")
+# what the transformers loop knows how to drop; other axes have no check yet
+HF_AXES = ("visual",)
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,12 @@ class Cell:
         return {self.axis: chosen}
 
 
+def all_methods() -> list[str]:
+    """Return every method of every axis, the baselines first."""
+    known = dict.fromkeys(method for axis in _AXES for method in policies(axis))
+    return [*BASELINES, *(method for method in known if method not in BASELINES)]
+
+
 def make_cells(
     tasks: Sequence[str], methods: Sequence[str], keep_ratios: Sequence[float]
 ) -> list[Cell]:
@@ -166,7 +174,7 @@ def make_cells(
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise TokenPruneError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    known = {method for axis in _AXES for method in policies(axis)} | {OFF}
+    known = {*all_methods(), OFF}
     for method in methods:
         if method not in known:
             raise TokenPruneError(f"unknown method {method!r}; known: {', '.join(sorted(known))}")

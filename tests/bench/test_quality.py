@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import quality, quality_ask, quality_gate
+from bench import quality_ask, quality_gate
 from bench.lm_eval import make_data, pictures
 from bench.quality_hf import greedy
 from bench.quality_plot import draw, pareto
@@ -405,11 +405,11 @@ def test_unpruned_rows_keep_what_their_prompts_show(tmp_path: Path) -> None:
             answers.add(CELL, one.index, SERVED, **answer(one, "wrong"))
         answers.add(off, 0, HF, **answer(asked[0], asked[0].answer, same=True))
         answers.add(CELL, 1, HF, **answer(asked[1], asked[1].answer, same=False))
-        rows = make_rows([off, CELL], {"digit": asked}, answers)
+        rows = make_rows({off: asked, CELL: asked}, answers)
         assert [(r.right, r.n, r.seen, r.kept) for r in rows] == [(2, 2, 144, 144), (0, 2, 144, 72)]
         assert [(r.hf_n, r.hf_same, r.hf_right) for r in rows] == [(1, 1, 1), (1, 0, 1)]
         with pytest.raises(ValueError, match="has no answer"):
-            make_rows([Cell("digit", "visual", "random", 0.5)], {"digit": asked}, answers)
+            make_rows({Cell("digit", "visual", "random", 0.5): asked}, answers)
 
 
 def test_pareto_lines_ascend_and_end_at_the_unpruned_model() -> None:
@@ -429,7 +429,6 @@ def test_a_task_without_methods_has_no_panel() -> None:
 
 
 def test_the_picture_is_drawn_the_same_each_time() -> None:
-    pytest.importorskip("matplotlib", reason="the quality extra is not installed")
     files = draw(pareto(TABLE, "visual"), "visual")
     assert files["png"].startswith(b"\x89PNG")
     assert b"<svg" in files["svg"]
@@ -465,23 +464,8 @@ def test_greedy_stops_at_its_limit() -> None:
     assert greedy(lambda tokens: [5] * len(tokens), [END], END, 3) == [5, 5, 5]
 
 
-def test_words_after_two_dashes_go_to_the_server() -> None:
-    options = quality.parse(["--model", "m", "-n", "7", "--", "--dtype", "auto", "--", "x"])
-    assert (options.n, options.serve) == (7, ["--dtype", "auto", "--", "x"])
-
-
-def test_quick_is_smaller() -> None:
-    full, quick = (quality.parse(["--model", "m", *more]) for more in ((), ("--quick",)))
-    assert quick.n < full.n
-    assert quick.n == quality_gate.QUICK_N
-    assert len(quick.keep_ratios) < len(full.keep_ratios)
-
-
-def test_errors_are_one_line_and_status_two(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert quality.main(["--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "the model folder must hold config.json" in capsys.readouterr().out
+def test_methods_that_transformers_cannot_check_show_none() -> None:
+    assert markdown([row("random", hf_n=0, hf_same=0)]).splitlines()[2].endswith("|    |")
 
 
 def test_lm_eval_documents_are_the_questions(tmp_path: Path) -> None:

@@ -1,0 +1,192 @@
+"""What the README says about quality is what the committed results say, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import quality_output, quality_readme
+from bench.quality_output import FIGURES, SUMMARY, read_results, summarize, write_results
+from bench.quality_readme import BEGIN, END, block, committed_block, with_block
+from bench.quality_report import Row, csv_text, read_csv, verdict, with_pools
+from bench.quality_store import model_hash
+from bench.quality_tasks import TASKS, Levels
+from tokenprune.demo.builtin import FOLDER
+from tokenprune.errors import TokenPruneError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RIGHT = {"off": 496, "random": 301, "uniform": 333, "transprune": 477}
+
+
+def make_rows() -> list[Row]:
+    rows = []
+    for task in TASKS.values():
+        axis = task.axes[0]
+        rows.append(Row(task.name, axis, "off", 1.0, 500, RIGHT["off"], 144.0, 144.0, 20, 20, 20))
+        rows += [
+            Row(task.name, axis, method, ratio, 500, RIGHT[method], 144.0, 70.97, 20, 20, 19)
+            for method in ("random", "uniform", "transprune")
+            for ratio in (0.5, 0.25, 0.125)
+            if axis == "visual"
+        ]
+    return with_pools(rows)
+
+
+ROWS = make_rows()
+RUN = {"git_sha": "0123456789abcdef", "git_dirty": False}
+
+
+def summary(**fields: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"model": "a" * 64, "seed": 0, "n": 500, "pruned_n": 500}
+    return summarize(**{**values, "levels": Levels(3, 6), "runs": [RUN], **fields})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path: Path, model: Path) -> Path:
+    folder = tmp_path / "results"
+    write_results(folder, ROWS, summary(model=model_hash(model)))
+    return folder
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    expected = committed_block(ROOT / quality_readme.RESULTS, FOLDER)
+    page = (ROOT / quality_readme.README).read_text()
+    assert page == with_block(page, expected), "write it with: make quality"
+
+
+def test_rows_survive_the_csv() -> None:
+    assert read_csv(csv_text(ROWS)) == ROWS
+
+
+@pytest.mark.parametrize("text", ["task,axis\ndigit,visual\n", "{}\n1\n"])
+def test_another_table_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"not a table|invalid literal"):
+        read_csv(text)
+
+
+def test_the_block_fits_eighty_columns_and_names_everything() -> None:
+    text = block(ROWS, summary(), "folder")
+    long = [line for line in text.splitlines() if len(line) > 80]
+    assert long == []
+    assert {f"| {task.ljust(8)} |" for task in TASKS} <= {line[:12] for line in text.splitlines()}
+    assert "0.25" in text
+    assert "99.2 (98-100)" in text
+    for name in ("quality.md", "quality.csv", "quality-visual.png"):
+        assert f"](folder/{name})" in text
+
+
+def test_an_axis_without_methods_has_no_picture() -> None:
+    text = block(ROWS, summary(), "folder")
+    assert "quality-kv" not in text
+    assert "all kv" not in text
+
+
+def test_facts_tell_few_questions_and_changed_code() -> None:
+    runs = [{**RUN, "git_dirty": True}]
+    text = quality_output.facts(summary(n=100, pruned_n=25, runs=runs))
+    assert "100 held-out questions a cell, 25 where pruned" in text
+    assert "commit 0123456 with changes" in text
+    assert "where pruned" not in quality_output.facts(summary())
+
+
+def test_the_verdict_tells_losses_too() -> None:
+    fields = ("visual", "x", 0.25, 100, 0, 144.0, 70.0, 0, 0, 0)
+    base = Row("digit", *fields)
+
+    def of(task: str, method: str, right: int) -> Row:
+        return Row(**{**vars(base), "task": task, "method": method, "right": right})
+
+    rows = [
+        *(of("digit", "random", 10), of("digit", "transprune", 90)),
+        *(of("read", "random", 90), of("read", "transprune", 10)),
+        *(of("count", "random", 50), of("count", "transprune", 52)),
+    ]
+    assert verdict(rows).endswith("above in digit (0.25); below in read (0.25).")
+    assert verdict(rows[4:]).endswith("above in no task; below in no task.")
+
+
+def test_the_text_goes_between_the_marks_and_nowhere_else() -> None:
+    page = f"# Title\n\n{BEGIN}\nold\n{END}\n\nmore\n"
+    once = with_block(page, "new\n")
+    assert once == f"# Title\n\n{BEGIN}\nnew\n{END}\n\nmore\n"
+    assert with_block(once, "new") == once
+
+
+@pytest.mark.parametrize(
+    "page", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}", f"{BEGIN}{END}{END}"]
+)
+def test_a_page_without_its_marks_is_refused(page: str) -> None:
+    with pytest.raises(TokenPruneError, match="once each, in this order"):
+        with_block(page, "new")
+
+
+def test_the_tool_writes_the_page(
+    results: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"{BEGIN}{END}")
+    arguments = ["--results", str(results), "--readme", str(page), "--model", str(model)]
+    assert quality_readme.main(arguments) == 0
+    assert committed_block(results, model) in page.read_text()
+    (model / "model.safetensors").write_bytes(b"others")
+    before = page.read_text()
+    assert quality_readme.main(arguments) == 2
+    assert "must be of the model" in capsys.readouterr().err
+    assert page.read_text() == before
+
+
+def drop(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+def halve(folder: Path, name: str) -> None:
+    text = (folder / name).read_text()
+    (folder / name).write_text(text[: len(text) // 2])
+
+
+def edit(folder: Path, name: str) -> None:
+    file = folder / name
+    file.write_text(file.read_text().replace(f",{RIGHT['random']},", ",302,", 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        pytest.param(drop, SUMMARY, "got no such file", id="no-summary"),
+        pytest.param(drop, FIGURES, "got no such file", id="no-figures"),
+        pytest.param(halve, SUMMARY, "must be whole", id="half-a-summary"),
+        pytest.param(halve, FIGURES, "must be", id="half-the-figures"),
+        pytest.param(edit, FIGURES, "got others", id="a-figure-changed-by-hand"),
+    ],
+)
+def test_damaged_results_are_refused(
+    damage: Callable[[Path, str], None], name: str, message: str, results: Path
+) -> None:
+    damage(results, name)
+    with pytest.raises(TokenPruneError, match=f"{message}.*make quality"):
+        read_results(results)
+
+
+def test_the_summary_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(quality_output, "write_whole", lambda path, _: written.append(path.name))
+    write_results(tmp_path, ROWS, summary())
+    assert written[-1] == SUMMARY
+    assert set(written) > {FIGURES, "quality.md", "quality-visual.png"}
+
+
+def test_the_summary_holds_no_path_of_this_machine(results: Path) -> None:
+    assert str(results.parent) not in json.dumps(json.loads((results / SUMMARY).read_text()))
