@@ -43,6 +43,34 @@ class PromptLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class Eviction:
+    """How KV slots are given up while a request lives, in counts.
+
+    Behind `sink` tokens the tokens of a stage form partitions of `lag`, counted in the order in
+    which they entered its cache. A partition is cut down to `keep` tokens once `lag` further
+    tokens are behind it, and is never touched again. So the newest `lag` to `2 * lag - 1` tokens
+    are always whole, and the number of partitions cut down follows from the number of tokens
+    alone, whether they came from a prompt in one piece, in chunks, or one by one.
+
+    Attributes:
+        sink: First tokens, never evicted.
+        lag: Tokens of one partition.
+        keep: Per stage, the tokens each cut partition keeps; `lag` keeps all of them.
+        after_prompt: Evict nothing before the prompt is complete.
+    """
+
+    sink: int
+    lag: int
+    keep: tuple[int, ...]
+    after_prompt: bool
+
+    @property
+    def least(self) -> int:
+        """Tokens with which the first partition is cut down."""
+        return self.sink + 2 * self.lag
+
+
+@dataclass(frozen=True, slots=True)
 class PhysicalLengths:
     """Physical lengths of one request, per stage of layers.
 
@@ -51,18 +79,66 @@ class PhysicalLengths:
         dropped: Per stage either the ascending prompt positions that the stage never holds
             (known before prefill), or their count. A count means the choice needs the whole
             prompt in one step, so it takes effect once the prompt is complete.
+        eviction: What happens to the tokens a stage does hold, or None.
     """
 
     num_prompt_tokens: int
     dropped: tuple[tuple[int, ...] | int, ...]
+    eviction: Eviction | None = None
 
-    def physical(self, num_computed: int, stage: int) -> int:
-        """Return the slots held at `stage` once `num_computed` tokens are computed."""
+    def entered(self, num_computed: int, stage: int) -> int:
+        """Return the slots written at `stage` for `num_computed` tokens, evicted ones included."""
         dropped = self.dropped[stage]
         if isinstance(dropped, int):
             return num_computed - (dropped if num_computed >= self.num_prompt_tokens else 0)
         return num_computed - bisect_left(dropped, num_computed)
 
+    def partitions_cut(self, num_computed: int, stage: int) -> int:
+        """Return how many partitions of `stage` are cut down after `num_computed` tokens."""
+        eviction = self.eviction
+        if eviction is None or (eviction.after_prompt and num_computed < self.num_prompt_tokens):
+            return 0
+        return max(0, (self.entered(num_computed, stage) - eviction.sink) // eviction.lag - 1)
+
+    def physical(self, num_computed: int, stage: int) -> int:
+        """Return the slots held at `stage` once `num_computed` tokens are computed."""
+        entered = self.entered(num_computed, stage)
+        if self.eviction is None:
+            return entered
+        evicted = self.eviction.lag - self.eviction.keep[stage]
+        return entered - self.partitions_cut(num_computed, stage) * evicted
+
+    def peak(self, num_computed: int, num_after: int, stage: int) -> int:
+        """Return the slots of the step from `num_computed` to `num_after` tokens.
+
+        The step's tokens are appended and attended to before anything is evicted.
+        """
+        grown = self.entered(num_after, stage) - self.entered(num_computed, stage)
+        return self.physical(num_computed, stage) + grown
+
+    def highest_peak(self, num_after: int, max_step: int, stage: int) -> int:
+        """Return a bound of the peaks on the way to `num_after` in steps of `max_step` at most."""
+        entered = self.entered(num_after, stage)
+        eviction = self.eviction
+        if eviction is None or (eviction.after_prompt and num_after <= self.num_prompt_tokens):
+            return entered
+        keep = eviction.keep[stage]
+        cut = self.partitions_cut(num_after, stage)
+        settled = eviction.sink + cut * keep + 2 * eviction.lag - 1
+        if eviction.after_prompt:
+            # the whole prompt is held once; steps behind it start from what was settled
+            prompt = self.entered(self.num_prompt_tokens + max_step, stage)
+            return min(entered, max(prompt, settled + max_step))
+        return min(entered, settled + max_step)
+
     def all_stages(self, num_computed: int) -> tuple[int, ...]:
         """Return the slots held at every stage once `num_computed` tokens are computed."""
         return tuple(self.physical(num_computed, s) for s in range(len(self.dropped)))
+
+    def all_peaks(self, num_computed: int, num_after: int) -> tuple[int, ...]:
+        """Return the slots of a step at every stage."""
+        return tuple(self.peak(num_computed, num_after, s) for s in range(len(self.dropped)))
+
+    def all_entered(self, num_computed: int) -> tuple[int, ...]:
+        """Return the slots written at every stage for `num_computed` tokens."""
+        return tuple(self.entered(num_computed, s) for s in range(len(self.dropped)))

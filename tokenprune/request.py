@@ -18,7 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tokenprune.errors import PolicyError
 from tokenprune.lengths import PhysicalLengths, PromptLayout
-from tokenprune.policies import EngineShape, PlanSkipped, Policy, VisualPlan, VisualPolicy, policies
+from tokenprune.policies import (
+    EngineShape,
+    KVPlan,
+    KVPolicy,
+    PlanSkipped,
+    Policy,
+    VisualPlan,
+    VisualPolicy,
+    policies,
+)
 
 AXES: tuple[Literal["visual", "kv", "channels"], ...] = ("visual", "kv", "channels")
 FLAT_PREFIX = "pruning_"
@@ -202,16 +211,20 @@ class RequestPlan:
     Attributes:
         pruning: What was asked for.
         visual: The plan of the visual axis, or None.
+        kv: The plan of the KV axis, or None.
         skipped: Reason per axis that was asked for and is not applied.
     """
 
     pruning: Axes
     visual: VisualPlan | None = None
+    kv: KVPlan | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lengths(self) -> PhysicalLengths | None:
         """Physical lengths, or None when nothing is pruned."""
+        if self.kv is not None:
+            return self.kv.lengths
         return self.visual.lengths if self.visual is not None else None
 
     @property
@@ -221,7 +234,12 @@ class RequestPlan:
 
 
 def make_plan(
-    pruning: Axes, prompt: PromptLayout, engine: EngineShape, *, prompt_logprobs: bool = False
+    pruning: Axes,
+    prompt: PromptLayout,
+    engine: EngineShape,
+    *,
+    prompt_logprobs: bool = False,
+    max_tokens: int | None = None,
 ) -> RequestPlan:
     """Plan one request.
 
@@ -230,17 +248,28 @@ def make_plan(
         prompt: Where its visual tokens are.
         engine: What serves it.
         prompt_logprobs: Whether it also wants log-probs of the prompt; rows dropped on the way
-            have none, so such a prompt is served whole.
+            have none, so its visual tokens are all kept.
+        max_tokens: Tokens that may be generated; None for as many as the engine allows.
 
     Raises:
         PolicyError: What was asked for does not fit the engine.
     """
+    visual: VisualPlan | None = None
+    kv: KVPlan | None = None
+    skipped: dict[str, str] = {}
     policy = pruning.policy("visual")
-    if not isinstance(policy, VisualPolicy):
-        return RequestPlan(pruning)
-    try:
-        if prompt_logprobs:
-            raise PlanSkipped("prompt_logprobs")
-        return RequestPlan(pruning, visual=policy.plan(prompt, engine))
-    except PlanSkipped as skipped:
-        return RequestPlan(pruning, skipped={"visual": skipped.reason})
+    if isinstance(policy, VisualPolicy):
+        try:
+            if prompt_logprobs:
+                raise PlanSkipped("prompt_logprobs")
+            visual = policy.plan(prompt, engine)
+        except PlanSkipped as reason:
+            skipped["visual"] = reason.reason
+    policy = pruning.policy("kv")
+    if isinstance(policy, KVPolicy):
+        held = visual.lengths if visual is not None else None
+        try:
+            kv = policy.plan(prompt, engine, held, max_tokens)
+        except PlanSkipped as reason:
+            skipped["kv"] = reason.reason
+    return RequestPlan(pruning, visual, kv, skipped)

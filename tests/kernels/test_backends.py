@@ -71,18 +71,24 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
         from triton import compile
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from tokenprune.kernels.ops import instruction_attention, transition_scores
+        from tokenprune.kernels.ops import (
+            instruction_attention, lag_compact, lag_keep, lag_scores, transition_scores
+        )
 
-        inputs = ("x_in_ptr", "x_out_ptr", "q_ptr", "k_ptr")
+        inputs = ("x_in_ptr", "x_out_ptr", "q_ptr", "k_ptr", "z_ptr", "cache_ptr")
         types = dict.fromkeys(inputs, "*bf16") | {
             "visual_ptr": "*i1", "rows_ptr": "*i64", "q_rows_ptr": "*i64",
             "visual_keys_ptr": "*i64", "scale_log2": "fp32",
+            "kept_ptr": "*i64", "source_ptr": "*i64", "blocks_ptr": "*i32",
         }
         constants = {
             "SIGNED": False, "ALL_ROWS": False, "BLOCK": 256, "BLOCK_D": 1024, "WIDEN": False,
             "BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_DH": 64, "SPLITS": 4,
+            "ACCUMULATE": True, "CONSTANT": 1e-6, "MAX_NORMALISED": 1e15, "BLOCK_L": 8,
+            "BLOCK_J": 16, "BLOCK_W": 64,
         }
-        for kernel in transition_scores._kernels() + instruction_attention._kernels():
+        lag = (lag_scores._kernel(), lag_keep._kernel(), lag_compact._kernel())
+        for kernel in transition_scores._kernels() + instruction_attention._kernels() + lag:
             signature = {
                 name: "constexpr" if name in constants
                 else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
@@ -96,4 +102,4 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
         TRITON_CACHE_DIR=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 4
+    assert len(done.stdout.split()) == 7

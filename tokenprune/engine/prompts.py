@@ -48,4 +48,10 @@ def plan_request(
     """
     flat = params.extra_args
     pruning = parse_flat(flat) if has_flat(flat) else config.default_pruning
-    return make_plan(pruning, layout, shape, prompt_logprobs=wants_prompt_logprobs(params))
+    return make_plan(
+        pruning,
+        layout,
+        shape,
+        prompt_logprobs=wants_prompt_logprobs(params),
+        max_tokens=params.max_tokens,
+    )

@@ -7,6 +7,9 @@ from tokenprune.kernels.ops.instruction_attention import (
     instruction_attention,
     instruction_attention_reference,
 )
+from tokenprune.kernels.ops.lag_compact import lag_compact, lag_compact_reference
+from tokenprune.kernels.ops.lag_keep import lag_keep, lag_keep_reference
+from tokenprune.kernels.ops.lag_scores import lag_scores, lag_scores_reference
 from tokenprune.kernels.ops.transition_scores import (
     transition_scores,
     transition_scores_reference,
@@ -15,6 +18,12 @@ from tokenprune.kernels.ops.transition_scores import (
 __all__ = [
     "instruction_attention",
     "instruction_attention_reference",
+    "lag_compact",
+    "lag_compact_reference",
+    "lag_keep",
+    "lag_keep_reference",
+    "lag_scores",
+    "lag_scores_reference",
     "transition_scores",
     "transition_scores_reference",
 ]

@@ -12,9 +12,13 @@ from tokenprune.policies.base import (
     VisualPolicy,
     policies,
 )
+from tokenprune.policies.eviction import KVPlan, KVPolicy, PartitionInputs
 
 __all__ = [
     "EngineShape",
+    "KVPlan",
+    "KVPolicy",
+    "PartitionInputs",
     "PlanSkipped",
     "Policy",
     "SelectInputs",

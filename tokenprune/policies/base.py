@@ -34,12 +34,16 @@ class EngineShape:
         boundaries: First layer of each stage, ascending, beginning with 0.
         max_num_batched_tokens: Tokens one scheduler step can hold.
         unsupported: Why visual tokens cannot be pruned in this model, or None.
+        kv_unsupported: Why KV tokens cannot be evicted in this engine, or None.
+        max_model_len: Longest context, or None where nothing bounds it.
     """
 
     num_layers: int
     boundaries: tuple[int, ...]
     max_num_batched_tokens: int
     unsupported: str | None = None
+    kv_unsupported: str | None = None
+    max_model_len: int | None = None
 
     @property
     def prune_layers(self) -> tuple[int, ...]:
@@ -50,6 +54,13 @@ class EngineShape:
         """Number of layers of each stage."""
         ends = (*self.boundaries[1:], self.num_layers)
         return tuple(end - start for start, end in zip(self.boundaries, ends, strict=True))
+
+    def longest_context(self, num_prompt_tokens: int, max_tokens: int | None) -> int | None:
+        """Return the most tokens a request can come to, or None where nothing bounds it."""
+        if max_tokens is None:
+            return self.max_model_len
+        longest = num_prompt_tokens + max_tokens
+        return longest if self.max_model_len is None else min(longest, self.max_model_len)
 
 
 class PlanSkipped(Exception):
