@@ -22,6 +22,8 @@ _LLAVA = (
     "LlavaOnevisionForConditionalGeneration",
 )
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+_BIASED_BY_DISTANCE = ("baichuan", "bloom", "falcon", "jais", "mpt")
+_PLAIN_CACHE = ("auto", "bfloat16", "float16", "float32", "half")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,14 @@ def engine_shape(vllm_config: VllmConfig) -> EngineShape:
     # a threshold cuts long prefills into chunks, which is what "whole prompt" methods cannot take
     if scheduler.long_prefill_token_threshold > 0:
         limits.append(scheduler.long_prefill_token_threshold)
-    return EngineShape(num_layers, (0, *layers), min(limits), unsupported)
+    return EngineShape(
+        num_layers,
+        (0, *layers),
+        min(limits),
+        unsupported,
+        kv_unsupported=kv_eviction_unsupported(vllm_config),
+        max_model_len=vllm_config.model_config.max_model_len,
+    )
 
 
 def visual_pruning_unsupported(vllm_config: VllmConfig) -> str | None:
@@ -103,6 +112,26 @@ def visual_pruning_unsupported(vllm_config: VllmConfig) -> str | None:
         return "LoRA adapters are enabled, which map rows to adapters once per step"
     if model.is_mm_prefix_lm:
         return "image tokens attend in both directions"
+    return None
+
+
+def kv_eviction_unsupported(vllm_config: VllmConfig) -> str | None:
+    """Return why KV tokens cannot be evicted in this engine, or None if they can."""
+    model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    text = model.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    if model.get_sliding_window() is not None or layer_types - {"full_attention"}:
+        return f"{model.architecture} has layers that do not attend to the whole context"
+    if getattr(text, "attention_chunk_size", None):
+        return f"{model.architecture} attends in chunks of the context"
+    if text.model_type in _BIASED_BY_DISTANCE and (
+        text.model_type != "falcon" or getattr(text, "alibi", False)
+    ):
+        return f"{model.architecture} biases attention by the distance of cache indices (ALiBi)"
+    if model.is_multimodal_model and model.is_mm_prefix_lm:
+        return "image tokens attend in both directions"
+    if dtype not in _PLAIN_CACHE:
+        return f"the KV cache is quantised ({dtype})"
     return None
 
 

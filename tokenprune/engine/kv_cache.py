@@ -1,8 +1,13 @@
-"""KV cache spec with a stage, and its manager that counts blocks by physical length."""
+"""KV cache spec with a stage, and its manager that counts blocks by physical length.
+
+A request holds `ceil(P / block_size)` blocks between steps. For a step it is given the blocks of
+its peak, since new tokens are appended before others are evicted; what the step empties goes
+back to the pool at the head of the next `schedule()`, which knows that the step was issued.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -18,22 +23,30 @@ from tokenprune.request import RequestPlan
 
 @dataclass(frozen=True, kw_only=True)
 class StagedAttentionSpec(FullAttentionSpec):
-    """Full attention of one stage: layers of different stages never share a KV cache group."""
+    """Full attention of one stage: layers of different stages never share a KV cache group.
+
+    Attributes:
+        stage: Stage of the layer.
+        evicts: Whether the worker can move this layer's rows; said by the worker, which knows the
+            attention backend, and read by the scheduler.
+    """
 
     stage: int
+    evicts: bool = False
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, stage: int) -> Self:
+    def of(cls, spec: FullAttentionSpec, stage: int, evicts: bool = False) -> Self:
         """Return `spec` with a stage."""
         values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        return cls(**values, stage=stage)
+        return cls(**(values | {"stage": stage, "evicts": evicts}))
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         """Merge specs of one stage; vLLM reads an AssertionError as "not uniform"."""
         stages = {spec.stage for spec in specs}
         assert len(stages) == 1, f"layers of different stages must not merge, got {stages}"
-        return cls.of(FullAttentionSpec.merge(specs), stages.pop())
+        evicts = all(spec.evicts for spec in specs)
+        return cls.of(FullAttentionSpec.merge(specs), stages.pop(), evicts)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Return whether all layers are of this stage."""
@@ -48,6 +61,8 @@ class StagedManager(FullAttentionManager):
 
     Attributes:
         plans: Plans of the pruned requests by id; the scheduler shares its own mapping.
+        num_computed: Returns the tokens of a request computed so far, in-flight steps included.
+        max_step: Most tokens of one request in one step.
     """
 
     kv_cache_spec: StagedAttentionSpec
@@ -55,20 +70,28 @@ class StagedManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: Mapping[str, RequestPlan] = {}
+        self.num_computed: Callable[[str], int] = lambda _: 0
+        self.max_step = 0
 
-    def _physical(self, request_id: str, num_tokens: int) -> int:
+    def _physical(self, request_id: str, num_tokens: int, *, all_steps: bool = False) -> int:
+        """Return the slots needed to get to `num_tokens`, in one step or in all there may be."""
         plan = self.plans.get(request_id)
         if plan is None or plan.lengths is None:
             return num_tokens
-        return plan.lengths.physical(num_tokens, self.kv_cache_spec.stage)
+        lengths, stage = plan.lengths, self.kv_cache_spec.stage
+        if lengths.eviction is None:
+            return lengths.physical(num_tokens, stage)
+        if all_steps:
+            return lengths.highest_peak(num_tokens, self.max_step, stage)
+        return lengths.peak(self.num_computed(request_id), num_tokens, stage)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
         """Count by physical length, also for the admission check."""
-        return super().get_num_blocks_to_allocate(
-            request_id, self._physical(request_id, num_tokens), *args, **kwargs
-        )
+        whole = bool(kwargs.get("apply_admission_cap", False))
+        physical = self._physical(request_id, num_tokens, all_steps=whole)
+        return super().get_num_blocks_to_allocate(request_id, physical, *args, **kwargs)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
@@ -77,6 +100,17 @@ class StagedManager(FullAttentionManager):
         return super().allocate_new_blocks(
             request_id, self._physical(request_id, num_tokens), *args, **kwargs
         )
+
+    def free_evicted(self, request_id: str, num_computed: int) -> None:
+        """Give back the blocks that the last step emptied."""
+        plan = self.plans[request_id]
+        assert plan.lengths is not None
+        held = plan.lengths.physical(num_computed, self.kv_cache_spec.stage)
+        blocks = self.req_to_blocks.get(request_id, [])
+        emptied = blocks[-(-held // self.block_size) :]
+        if emptied:
+            del blocks[-len(emptied) :]
+            self.block_pool.free_blocks(reversed(emptied))
 
     def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """Keep pruned requests out of the prefix cache: their blocks hold other tokens."""

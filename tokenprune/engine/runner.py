@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -20,11 +21,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from tokenprune.engine.cache_layout import KNOWN_BACKENDS
+from tokenprune.engine.compaction import Compactor
 from tokenprune.engine.config import engine_shape, settings
 from tokenprune.engine.kv_cache import StagedAttentionSpec
 from tokenprune.engine.model_state import StagedModelState, StagedStep, stage_groups
 from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
-from tokenprune.engine.scheduler import CHECKSUM
+from tokenprune.engine.scheduler import CHECKSUM, NO_LAYOUT
 from tokenprune.engine.staged_prefill import StagedPrefill
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PrunedRequest, StageRows, stage_rows
@@ -42,11 +45,12 @@ class PruningModelRunner(GPUModelRunner):
         self._settings = settings(self.vllm_config)
         self._staged: StagedPrefill | None = None
         self._pruning_step = False
-        self.stats = WorkerStats(self.device)
+        self._compactor: Compactor | None = None
+        self.stats = WorkerStats(self.device, self._shape.num_layers)
         # rows are vLLM's request indices; a row is None, or zero, for a request that is not pruned
         self._pruned: list[PrunedRequest | None] = [None] * self.max_num_reqs
         self._is_pruned = np.zeros(self.max_num_reqs, dtype=bool)
-        # how far the cache index lies behind the position once the prompt is complete
+        # how far the cache index lies behind the position in a step without pruning
         self._behind = np.zeros((len(self._shape.boundaries), self.max_num_reqs), dtype=np.int32)
         self._behind_on_device = torch.from_numpy(self._behind.copy()).to(self.device)
 
@@ -54,8 +58,10 @@ class PruningModelRunner(GPUModelRunner):
         """Give every layer's spec its stage."""
         specs = super().get_kv_cache_spec()
         boundaries = self._shape.boundaries
-        if len(boundaries) == 1:
+        full = all(type(spec) is FullAttentionSpec for spec in specs.values())
+        if len(boundaries) == 1 and not full:
             return specs
+        evicts = full and all(self._evicts(name, spec) for name, spec in specs.items())
         staged = {}
         for name, spec in specs.items():
             if type(spec) is not FullAttentionSpec:
@@ -64,8 +70,17 @@ class PruningModelRunner(GPUModelRunner):
                     f'{type(spec).__name__} in {name}; start with --prune-layers ""'
                 )
             stage = np.searchsorted(boundaries, extract_layer_index(name), side="right") - 1
-            staged[name] = StagedAttentionSpec.of(spec, int(stage))
+            staged[name] = StagedAttentionSpec.of(spec, int(stage), evicts)
         return staged
+
+    def _evicts(self, name: str, spec: FullAttentionSpec) -> bool:
+        layer = self._attention_layers[name]
+        whole = spec.sliding_window is None and spec.attention_chunk_size is None
+        return whole and layer.get_attn_backend().get_name() in KNOWN_BACKENDS
+
+    @property
+    def _attention_layers(self) -> dict[str, Any]:
+        return self.vllm_config.compilation_config.static_forward_context
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then take its state and hook its layers."""
@@ -86,6 +101,17 @@ class PruningModelRunner(GPUModelRunner):
         super().initialize_kv_cache(*args, **kwargs)
         self._groups = stage_groups(self.kv_cache_config)
         self._slots_of_stage = torch.empty_like(self.block_tables.slot_mappings)
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        if all(isinstance(spec, StagedAttentionSpec) and spec.evicts for spec in specs):
+            self._compactor = Compactor(
+                self.kv_cache_config,
+                self._groups,
+                self._attention_layers,
+                self.block_tables,
+                self.stats,
+            )
+        else:
+            self._shape = dataclasses.replace(self._shape, kv_unsupported=NO_LAYOUT)
         dispatch = self.cudagraph_manager.dispatch
 
         @functools.wraps(dispatch)
@@ -111,13 +137,14 @@ class PruningModelRunner(GPUModelRunner):
                 continue
             layout = prompt_layout(new.prompt_len, visual_ranges(new.mm_features))
             plan = plan_request(new.sampling_params, layout, self._shape, self._settings)
-            if plan.visual is None:
+            if plan.lengths is None:
                 raise DivergenceError(f"the worker would not prune request {new.req_id}")
             request = PrunedRequest(new.req_id, layout, plan)
             index = self.req_states.req_id_to_index[new.req_id]
             self._pruned[index] = request
             self._is_pruned[index] = True
-            self._behind[:, index] = request.dropped_once_complete()
+            if plan.visual is not None:
+                self._behind[:, index] = request.dropped_once_complete()
             self._behind_on_device[:, index] = torch.from_numpy(self._behind[:, index]).to(
                 self.device
             )
@@ -133,38 +160,84 @@ class PruningModelRunner(GPUModelRunner):
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Run a step; outside CUDA graphs and compiled code if it prunes."""
-        checksum = getattr(scheduler_output, CHECKSUM, {})
-        self._pruning_step = any(
-            computed - scheduler_output.num_scheduled_tokens[request_id]
-            < self._prompt_len(request_id, scheduler_output)
-            for request_id, (computed, _) in checksum.items()
-        )
         try:
-            return super().execute_model(scheduler_output, *args, **kwargs)
+            output = super().execute_model(scheduler_output, *args, **kwargs)
+            self._evict(scheduler_output)
+            return output
         finally:
             self._pruning_step = False
             if self._staged is not None:
                 self._staged.disarm()
 
-    def _prompt_len(self, request_id: str, scheduler_output: SchedulerOutput) -> int:
-        for new in scheduler_output.scheduled_new_reqs:
-            if new.req_id == request_id:
-                return int(new.prompt_len)
-        return int(self.req_states.prompt_len.np[self.req_states.req_id_to_index[request_id]])
-
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Update, then check that the scheduler counts as we do."""
+        """Drop emptied blocks, update, then check that the scheduler counts as we do."""
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            index = self.req_states.req_id_to_index[request_id]
+            request = self._pruned[index]
+            if request is not None and request.plan.kv is not None:
+                self._drop_blocks(request, index, computed)
         super().update_requests(scheduler_output)
+        moved = False
         for request_id, expected in getattr(scheduler_output, CHECKSUM, {}).items():
             index = self.req_states.req_id_to_index[request_id]
-            computed = int(self.req_states.num_computed_tokens_np[index])
-            computed += scheduler_output.num_scheduled_tokens[request_id]
+            before = int(self.req_states.num_computed_tokens_np[index])
+            after = before + scheduler_output.num_scheduled_tokens[request_id]
             request = self._pruned[index]
-            found = (computed, request.physical(computed)) if request is not None else None
-            if found != expected:
+            found = None
+            if request is not None:
+                blocks = tuple(self.block_tables.num_blocks.np[:, index].tolist())
+                found = (after, request.physical(after), blocks)
+            if request is None or found != expected:
                 raise DivergenceError(
                     f"request {request_id}: the scheduler counts {expected}, the worker {found}"
                 )
+            if request.drops_rows(before):
+                self._pruning_step = True
+            elif request.plan.kv is not None:
+                behind = request.behind(before)
+                if (self._behind[:, index] != behind).any():
+                    self._behind[:, index] = behind
+                    moved = True
+        if moved:
+            async_tensor_h2d(self._behind, out=self._behind_on_device)
+
+    def _drop_blocks(self, request: PrunedRequest, index: int, computed: int) -> None:
+        num_blocks = self.block_tables.num_blocks.np
+        freed = 0
+        for stage, held in enumerate(request.physical(computed)):
+            for group in self._groups[stage]:
+                needed = -(-held // self.block_tables.block_sizes[group])
+                freed += max(0, int(num_blocks[group, index]) - needed)
+                num_blocks[group, index] = min(num_blocks[group, index], needed)
+        if freed:
+            self.stats.count_freed(request.kv_method, freed)
+
+    def _evict(self, scheduler_output: SchedulerOutput) -> None:
+        for request_id in getattr(scheduler_output, CHECKSUM, {}):
+            index = self.req_states.req_id_to_index[request_id]
+            request = self._pruned[index]
+            if request is None or request.plan.kv is None:
+                continue
+            before = int(self.req_states.num_computed_tokens_np[index])
+            after = before + scheduler_output.num_scheduled_tokens[request_id]
+            assert self._compactor is not None, "the scheduler must not plan what we cannot do"
+            self._compactor.evict(request, index, before, after)
+            self._count_kv(request, before, after)
+
+    def _count_kv(self, request: PrunedRequest, before: int, after: int) -> None:
+        sizes = self._shape.stage_sizes()
+        written = evicted = 0
+        for size, held, peak, left in zip(
+            sizes,
+            request.physical(before),
+            request.peak(before, after),
+            request.physical(after),
+            strict=True,
+        ):
+            written += size * (peak - held)
+            evicted += size * (peak - left)
+        self.stats.count_kv(request.kv_method, written, evicted)
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[Tensor, ...], Any]:
         """Compute block tables and slots, by physical length where requests are pruned."""
@@ -260,8 +333,8 @@ class PruningModelRunner(GPUModelRunner):
             if request is None or not before < request.layout.num_tokens <= before + new:
                 continue
             policy, visual = request.plan.pruning.policy("visual"), request.plan.visual
-            assert policy is not None
-            assert visual is not None
+            if policy is None or visual is None:
+                continue
             self.stats.count_visual(
                 str(policy.model_dump()["method"]), request.layout.num_visual, visual.kept[-1]
             )

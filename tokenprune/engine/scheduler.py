@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -18,8 +19,9 @@ from tokenprune.request import RequestPlan
 logger = logging.getLogger(__name__)
 
 # attribute added to SchedulerOutput: {request id: (tokens computed after the step, physical
-# lengths per stage then)} of the pruned requests in the step
+# lengths per stage then, blocks per KV cache group during it)} of the pruned requests in the step
 CHECKSUM = "tokenprune"
+NO_LAYOUT = "the layout of the KV cache is not known"
 
 
 class PruningScheduler(AsyncScheduler):
@@ -31,9 +33,21 @@ class PruningScheduler(AsyncScheduler):
         self._shape = engine_shape(self.vllm_config)
         self._settings = settings(self.vllm_config)
         self._plans: dict[str, RequestPlan] = {}
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, StagedManager):
-                manager.plans = self._plans
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._managers = [m for m in managers if isinstance(m, StagedManager)]
+        for manager in self._managers:
+            manager.plans = self._plans
+            manager.num_computed = self._num_computed
+            manager.max_step = self.vllm_config.scheduler_config.max_num_batched_tokens
+        evicts = len(self._managers) == len(managers) and all(
+            m.kv_cache_spec.evicts for m in self._managers
+        )
+        if not evicts:
+            logger.warning("KV tokens will not be evicted: %s", NO_LAYOUT)
+            self._shape = replace(self._shape, kv_unsupported=NO_LAYOUT)
+
+    def _num_computed(self, request_id: str) -> int:
+        return int(self.requests[request_id].num_computed_tokens)
 
     def add_request(self, request: Request) -> None:
         """Plan the request before vLLM queues it."""
@@ -88,7 +102,12 @@ class PruningScheduler(AsyncScheduler):
         return result if result[1] >= request.num_prompt_tokens else wait
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Schedule a step and add the checksum of physical lengths."""
+        """Free what the last step evicted, schedule a step, and add the checksum."""
+        for request in self.running:
+            plan = self._plans.get(request.request_id)
+            if plan is not None and plan.kv is not None:
+                for manager in self._managers:
+                    manager.free_evicted(request.request_id, request.num_computed_tokens)
         output = super().schedule(*args, **kwargs)
         if self._plans:
             checksum = {}
@@ -96,7 +115,8 @@ class PruningScheduler(AsyncScheduler):
                 plan = self._plans.get(request_id)
                 if plan is not None and plan.lengths is not None:
                     computed = self.requests[request_id].num_computed_tokens
-                    checksum[request_id] = (computed, plan.lengths.all_stages(computed))
+                    blocks = tuple(len(m.req_to_blocks[request_id]) for m in self._managers)
+                    checksum[request_id] = (computed, plan.lengths.all_stages(computed), blocks)
             setattr(output, CHECKSUM, checksum)
         return output
 

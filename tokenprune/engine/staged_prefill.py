@@ -97,7 +97,7 @@ class StagedPrefill:
         choosing, known = [], {}
         for i, request in enumerate(requests):
             start, count = int(computed[i]), int(scheduled[i])
-            if request is None or start >= request.layout.num_tokens:
+            if request is None or not request.drops_rows(start):
                 continue
             visual = request.plan.visual
             policy = request.plan.pruning.policy("visual")

@@ -20,11 +20,14 @@ class WorkerStats:
     nothing waits for the device while a request is served.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_layers: int) -> None:
+        self._num_layers = num_layers
         self._use_events = device.type == "cuda"
         self._pending: list[tuple[str, Any, Any]] = []
         self._ops: dict[str, dict[str, Any]] = {}
         self._visual: dict[str, dict[str, int]] = {}
+        self._kv: dict[str, dict[str, int]] = {}
+        self._freed: dict[str, int] = {}
 
     @contextmanager
     def time(self, op: str) -> Iterator[None]:
@@ -47,6 +50,16 @@ class WorkerStats:
         counts = self._visual.setdefault(method, {"seen": 0, "kept": 0})
         counts["seen"] += seen
         counts["kept"] += kept
+
+    def count_kv(self, method: str, written: int, evicted: int) -> None:
+        """Count the slots one request wrote and gave up in a step, summed over the layers."""
+        counts = self._kv.setdefault(method, {"written": 0, "evicted": 0})
+        counts["written"] += written
+        counts["evicted"] += evicted
+
+    def count_freed(self, method: str, blocks: int) -> None:
+        """Count the blocks that went back to the pool while their request runs."""
+        self._freed[method] = self._freed.get(method, 0) + blocks
 
     def _observe(self, op: str, seconds: float) -> None:
         entry = self._ops.setdefault(
@@ -75,5 +88,9 @@ class WorkerStats:
             "op_seconds": {op: {**v, "buckets": list(v["buckets"])} for op, v in self._ops.items()},
             "bucket_bounds": list(BUCKET_BOUNDS),
             "visual_tokens": {method: dict(v) for method, v in self._visual.items()},
-            "kv_tokens": {},
+            "kv_tokens": {
+                method: {state: count / self._num_layers for state, count in v.items()}
+                for method, v in self._kv.items()
+            },
+            "kv_blocks_freed": dict(self._freed),
         }

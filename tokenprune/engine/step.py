@@ -33,10 +33,29 @@ class PrunedRequest:
         assert self.plan.lengths is not None
         return self.plan.lengths.all_stages(num_computed)
 
+    def peak(self, num_computed: int, num_after: int) -> tuple[int, ...]:
+        """Return the slots of every stage during a step."""
+        assert self.plan.lengths is not None
+        return self.plan.lengths.all_peaks(num_computed, num_after)
+
     def dropped_once_complete(self) -> tuple[int, ...]:
         """Return, per stage, how far the cache index lies behind the position in decode."""
-        n = self.layout.num_tokens
-        return tuple(n - p for p in self.physical(n))
+        return self.behind(self.layout.num_tokens)
+
+    def behind(self, num_computed: int) -> tuple[int, ...]:
+        """Return, per stage, how far the cache index lies behind the position in a step."""
+        return tuple(num_computed - p for p in self.physical(num_computed))
+
+    @property
+    def kv_method(self) -> str:
+        """The KV method's name."""
+        policy = self.plan.pruning.policy("kv")
+        assert policy is not None
+        return str(policy.model_dump()["method"])
+
+    def drops_rows(self, num_computed: int) -> bool:
+        """Return whether a step from `num_computed` tokens on has fewer rows in later stages."""
+        return self.plan.visual is not None and num_computed < self.layout.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +66,7 @@ class StageRows:
         counts: `[num_reqs]` rows of each request.
         starts: `[num_reqs + 1]` where each request's rows begin.
         base: `[num_reqs]` cache index of each request's first row.
-        seq_lens: `[num_reqs]` physical length after the step.
+        seq_lens: `[num_reqs]` slots during the step, its own tokens included.
         idle: Rows that stand in for a request with nothing to compute here: attention cannot
             take an empty query, so one row runs, is not written to the cache and is not read.
     """
@@ -88,7 +107,7 @@ def stage_rows(
     for i, request in enumerate(requests):
         if request is not None:
             before[:, i] = request.physical(int(computed[i]))
-            after[:, i] = request.physical(int(computed[i] + scheduled[i]))
+            after[:, i] = request.peak(int(computed[i]), int(computed[i] + scheduled[i]))
     stages = []
     for stage in range(num_stages):
         counts = after[stage] - before[stage]
