@@ -82,7 +82,7 @@ def _engine_shape(vllm_config: Any) -> EngineShape:
         return shape
     # the routes are there, but a stock worker would ignore every key without a word
     reason = "this engine runs without the pruning worker; start it with tokenprune serve"
-    return replace(shape, unsupported=reason)
+    return replace(shape, unsupported=reason, kv_unsupported=reason)
 
 
 def _model_shape(vllm_config: Any) -> ModelShape:

@@ -75,7 +75,8 @@ def prefill_flops(
     lengths, visual = plan.lengths, plan.visual
     if lengths is None:
         return full, full
-    tokens = lengths.all_stages(prompt.num_tokens)
+    # what is evicted from the cache was computed before
+    tokens = lengths.all_entered(prompt.num_tokens)
     spent = prefill_macs(model, zip(engine.stage_sizes(), tokens, strict=True))
     policy = plan.pruning.policy("visual")
     if visual is not None and visual.ranks is None and isinstance(policy, VisualPolicy):

@@ -22,6 +22,8 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
             "prune_layers": list(engine.prune_layers),
             "max_num_batched_tokens": engine.max_num_batched_tokens,
             "visual_unsupported": engine.unsupported,
+            "kv_unsupported": engine.kv_unsupported,
+            "max_model_len": engine.max_model_len,
         },
     }
 

@@ -130,6 +130,17 @@ class EngineFigures(Collector):
             first,
             "kv_tokens",
         )
+        freed = CounterMetricFamily(
+            "tokenprune_kv_blocks_freed",
+            "KV blocks given back to the pool by requests that were still running. A rise means "
+            "room for more requests.",
+            labels=["method"],
+        )
+        methods = sorted({m for figures in first for m in figures.get("kv_blocks_freed", {})})
+        for method in methods:
+            blocks = sum(figures.get("kv_blocks_freed", {}).get(method, 0) for figures in first)
+            freed.add_metric([method], blocks)
+        yield freed
         yield _op_histogram(first)
         yield GaugeMetricFamily(
             "tokenprune_kv_bytes_saved",
@@ -143,7 +154,7 @@ def _token_counter(
     name: str, documentation: str, engines: Iterable[Mapping[str, Any]], key: str
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(name, documentation, labels=["method", "state"])
-    totals: dict[tuple[str, str], int] = {}
+    totals: dict[tuple[str, str], float] = {}
     for figures in engines:
         for method, states in figures.get(key, {}).items():
             for state, count in states.items():

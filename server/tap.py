@@ -50,12 +50,16 @@ class EngineTap:
         explicit = has_flat(sampling_params.extra_args)
         if (not explicit and self._default.is_off) or (record is not None and record.bypass):
             return self._client.generate(prompt, sampling_params, *args, **kwargs)
-        layout, logprobs = layout_of(prompt), wants_prompt_logprobs(sampling_params)
+        layout = layout_of(prompt)
+        wishes = {
+            "prompt_logprobs": wants_prompt_logprobs(sampling_params),
+            "max_tokens": sampling_params.max_tokens,
+        }
         if explicit:
             pruning = parse_flat(sampling_params.extra_args)
-            plan = plan_explicit(pruning, layout, self._engine, prompt_logprobs=logprobs)
+            plan = plan_explicit(pruning, layout, self._engine, **wishes)
         else:
-            plan = plan_default(self._default, layout, self._engine, prompt_logprobs=logprobs)
+            plan = plan_default(self._default, layout, self._engine, **wishes)
             keys = {FLAT_PRESET: "off"} if plan.lengths is None else flatten(self._default)
             sampling_params.extra_args = {**(sampling_params.extra_args or {}), **keys}
         outputs = self._client.generate(prompt, sampling_params, *args, **kwargs)
@@ -88,14 +92,18 @@ def layout_of(prompt: Mapping[str, Any]) -> PromptLayout:
 
 
 def plan_explicit(
-    pruning: Axes, layout: PromptLayout, engine: EngineShape, *, prompt_logprobs: bool
+    pruning: Axes, layout: PromptLayout, engine: EngineShape, **wishes: Any
 ) -> RequestPlan:
     """Plan what a request asked for itself.
 
     Raises:
         PolicyError: It cannot be had, and the reason is not simply that nothing is to prune.
     """
-    plan = make_plan(pruning, layout, engine, prompt_logprobs=prompt_logprobs)
+    plan = make_plan(pruning, layout, engine, **wishes)
+    if plan.skipped.get("kv") == "model_unsupported":
+        raise PolicyError(
+            f"pruning.kv must be left out with this server: {engine.kv_unsupported}", "pruning.kv"
+        )
     reason = plan.skipped.get("visual")
     if reason == "model_unsupported" and layout.num_visual:
         raise PolicyError(
@@ -114,11 +122,11 @@ def plan_explicit(
 
 
 def plan_default(
-    pruning: Axes, layout: PromptLayout, engine: EngineShape, *, prompt_logprobs: bool
+    pruning: Axes, layout: PromptLayout, engine: EngineShape, **wishes: Any
 ) -> RequestPlan:
     """Plan the server's default, which never refuses: what cannot be had is skipped."""
     try:
-        return make_plan(pruning, layout, engine, prompt_logprobs=prompt_logprobs)
+        return make_plan(pruning, layout, engine, **wishes)
     except PolicyError:
         asked = [axis for axis in AXES if pruning.policy(axis) is not None]
         return RequestPlan(pruning, skipped=dict.fromkeys(asked, DEFAULT_REFUSED))

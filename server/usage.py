@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape
+from tokenprune.policies import EngineShape, KVPolicy
 from tokenprune.request import AXES, Axes, RequestPlan
 
 HEADER = "x-tokenprune-applied"
@@ -125,6 +125,11 @@ def header_value(record: RequestRecord) -> str:
         if axis == "visual" and (cuts := record.cuts()):
             layers = ",".join(str(layer) for layer, _ in cuts)
             part += f";keep_ratio={cuts[-1][1]:g};layers={layers}"
+        policy = record.pruning.policy(axis)
+        if isinstance(policy, KVPolicy):
+            budget = policy.budget_tokens
+            share = f"keep_ratio={policy.keep_ratio:g}"
+            part += f";{share if budget is None else f'budget_tokens={budget}'};lag={policy.lag}"
         parts.append(part)
     return ", ".join(parts) or "none"
 

@@ -1,13 +1,16 @@
-"""A plain transformers loop in float64 that drops the same visual rows: the engine's oracle.
+"""A plain transformers loop in float64 that drops the same visual rows and KV: the engine's oracle.
 
 Nothing here is shared with the product but the plan's integers (kept counts and known ranks).
-Scores are written out again from the formulas of arXiv 2507.20630 and its released code.
+Scores are written out again from the formulas of arXiv 2507.20630 and its released code, eviction
+from arXiv 2504.04704: a cache per layer and head that grows and is cut down by the recursion.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,6 +27,71 @@ class Pruned:
     observed: range = range(0)
     form: str = "code"
     alpha: float = 0.5
+
+
+@dataclass
+class Evicted:
+    """How to evict KV: the recursion's parameters, and what chooses.
+
+    Attributes:
+        choose: Returns the kept ranks of a partition from its keys and values and those of the
+            next one, each `[lag, D]`, given layer, head and index of the partition; None keeps
+            the newest tokens instead.
+        chunks: Tokens of each step of the prompt, evicting after each; None for one step.
+    """
+
+    sink: int
+    lag: int
+    keep: int
+    choose: Callable[..., list[int]] | None
+    chunks: list[int] | None = None
+    done: dict[int, int] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+
+    def cut(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is left of one layer's cache `[n, H, D]`."""
+        done, lag = self.done.setdefault(layer, self.sink), self.lag
+        partitions = (len(k) - done) // lag
+        if partitions >= 2:
+            index = [self._kept(layer, h, done, partitions, k, v) for h in range(k.shape[1])]
+            k = torch.stack([k[i, h] for h, i in enumerate(index)], dim=1)
+            v = torch.stack([v[i, h] for h, i in enumerate(index)], dim=1)
+            self.done[layer] = done + (partitions - 1) * self.keep
+        if layer == 0:
+            self.lengths.append(len(k))
+        return k, v
+
+    def _kept(
+        self, layer: int, head: int, done: int, partitions: int, k: Tensor, v: Tensor
+    ) -> list[int]:
+        if self.choose is None:
+            evicted = (partitions - 1) * (self.lag - self.keep)
+            return [*range(self.sink), *range(self.sink + evicted, len(k))]
+        kept = list(range(done))
+        for p in range(partitions - 1):
+            start = done + p * self.lag
+            mine = slice(start, start + self.lag)
+            following = slice(start + self.lag, start + 2 * self.lag)
+            number = (done - self.sink) // self.keep + p
+            chosen = self.choose(
+                *(k[mine, head], v[mine, head], k[following, head], v[following, head]),
+                *(layer, head, number),
+            )
+            kept += [start + i for i in chosen]
+        return [*kept, *range(done + (partitions - 1) * self.lag, len(k))]
+
+
+def lag_choice(keep: int) -> Callable[..., list[int]]:
+    """Return LagKV's choice of `keep` tokens."""
+
+    def term(mine: Tensor, following: Tensor) -> Tensor:
+        low, high = following.min(dim=0).values, following.max(dim=0).values
+        return torch.softmax(((mine - low) / (high - low)).std(dim=1), dim=0)
+
+    def choose(k: Tensor, v: Tensor, next_k: Tensor, next_v: Tensor, *_: int) -> list[int]:
+        return _top(term(k, next_k) + term(v, next_v), keep).tolist()
+
+    return choose
 
 
 @dataclass
@@ -74,8 +142,11 @@ class Oracle:
         images: list[Image.Image],
         generated: list[int],
         pruned: Pruned | None = None,
+        evicted: Evicted | None = None,
     ) -> Trace:
-        """Score `generated` token by token after `prompt`, pruning as asked."""
+        """Score `generated` token by token after `prompt`, pruning and evicting as asked."""
+        if evicted is not None and evicted.chunks is not None:
+            return self._run_chunks(prompt, images, generated, evicted)
         pruned = pruned or Pruned({})
         trace = Trace()
         hidden, visual = self.embed(prompt, images)
@@ -99,18 +170,48 @@ class Oracle:
                 trace.kept[index] = ranks.tolist()
                 hidden, positions, visual = hidden[alive], positions[alive], visual[alive]
             hidden, parts, kv = self._layer(layer, hidden, positions, None)
-            cache.append(kv)
+            cache.append(kv if evicted is None else evicted.cut(index, *kv))
             if index in pruned.observed:
                 for x_in, x_out in parts:
                     total = total + _ttv(x_in, x_out, visual, pruned.form)
         trace.logprobs.append(self._logprobs(hidden[-1]))
+        self._generate(trace, n, generated, cache, evicted)
+        return trace
+
+    def _run_chunks(
+        self, prompt: str, images: list[Image.Image], generated: list[int], evicted: Evicted
+    ) -> Trace:
+        assert evicted.chunks is not None
+        embeds, _ = self.embed(prompt, images)
+        cache: list[Any] = [None] * len(self.decoder.layers)
+        start, trace = 0, Trace()
+        for count in evicted.chunks:
+            hidden = embeds[start : start + count]
+            positions = torch.arange(start, start + count)
+            for index, layer in enumerate(self.decoder.layers):
+                hidden, _, kv = self._layer(layer, hidden, positions, cache[index])
+                cache[index] = evicted.cut(index, *kv)
+            start += count
+        assert start == len(embeds), "the chunks must be the prompt"
+        trace.logprobs.append(self._logprobs(hidden[-1]))
+        self._generate(trace, start, generated, cache, evicted)
+        return trace
+
+    def _generate(
+        self,
+        trace: Trace,
+        n: int,
+        generated: list[int],
+        cache: list[tuple[Tensor, Tensor]],
+        evicted: Evicted | None,
+    ) -> None:
         for step, token in enumerate(generated[:-1]):
             hidden = self.decoder.embed_tokens(torch.tensor([token]))
             position = torch.tensor([n + step])
             for index, layer in enumerate(self.decoder.layers):
-                hidden, _, cache[index] = self._layer(layer, hidden, position, cache[index])
+                hidden, _, kv = self._layer(layer, hidden, position, cache[index])
+                cache[index] = kv if evicted is None else evicted.cut(index, *kv)
             trace.logprobs.append(self._logprobs(hidden[-1]))
-        return trace
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(self.decoder.norm(hidden)).log_softmax(-1)
@@ -132,7 +233,7 @@ class Oracle:
         q, k, v = self._qkv(layer, attn_in, positions)
         if past is not None:
             k, v = torch.cat([past[0], k]), torch.cat([past[1], v])
-        probs = _probs(q, k, past is None)
+        probs = _probs(q, k, True)
         group = q.shape[1] // v.shape[1]
         mixed = torch.einsum("hqk,khd->qhd", probs, v.repeat_interleave(group, dim=1))
         attn_out = layer.self_attn.o_proj(mixed.flatten(1))
@@ -157,7 +258,8 @@ def _probs(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     if causal:
-        mask = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
+        # the last query sees every key
+        mask = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + len(k) - len(q))
         logits = logits.masked_fill(mask, -torch.inf)
     return logits.softmax(-1)
 

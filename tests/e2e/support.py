@@ -33,6 +33,12 @@ def visual(method: str, keep_ratio: float = 0.25, **parameters: Any) -> dict[str
     return {f"pruning_visual_{k}": v for k, v in keys.items()}
 
 
+def kv(method: str, keep_ratio: float = 0.25, **parameters: Any) -> dict[str, Any]:
+    """Return the flat keys of KV eviction, with partitions small enough for short prompts."""
+    keys = {"method": method, "keep_ratio": keep_ratio, "sink": 4, "lag": 8, **parameters}
+    return {f"pruning_kv_{k}": v for k, v in keys.items()}
+
+
 @dataclass
 class Ask:
     """One request."""
@@ -60,6 +66,7 @@ class Answer:
 
 
 DESCRIBE = "USER: <image>\nWhat is in the picture?\nASSISTANT:"
+STORY = "USER: " + " ".join(f"On day {i} it was {i % 7}." for i in range(24)) + "\nASSISTANT:"
 COMPARE = "USER: <image>\nand\n<image>\nWhich one is brighter, and why?\nASSISTANT:"
 TEXT = "USER: Tell me about the weather in the mountains.\nASSISTANT:"
 

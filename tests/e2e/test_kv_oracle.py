@@ -1,0 +1,183 @@
+"""Evicting KV gives the log-probs of a transformers loop that holds just those keys and values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.oracle import Evicted, Oracle, Pruned, lag_choice
+from tests.e2e.support import (
+    COMPARE,
+    DESCRIBE,
+    SHAPE,
+    STORY,
+    TOLERANCE,
+    Answer,
+    Ask,
+    Engine,
+    image,
+    kv,
+    layout_of,
+    policy_of,
+    visual,
+)
+from tokenprune.policies import PartitionInputs
+from tokenprune.policies.kv_random import RandomKV
+
+pytestmark = pytest.mark.vllm
+
+CHUNK = 64
+
+
+@pytest.fixture(scope="module")
+def chunked(checkpoint: Path) -> Iterator[Engine]:
+    """An engine without stages that cuts prompts into small chunks."""
+    engine = Engine(checkpoint, prune_layers=[], max_num_batched_tokens=CHUNK, max_num_seqs=8)
+    yield engine
+    engine.close()
+
+
+def random_choice(seed: int, keep: int, lag: int, heads: int) -> Any:
+    def choose(*arguments: Any) -> list[int]:
+        layer, head, number = arguments[-3:]
+        inputs = PartitionInputs(1, number, lag, keep, layer, heads, None, None, "cpu")
+        return RandomKV(seed=seed).select(inputs)[head, 0].tolist()
+
+    return choose
+
+
+def evicted_like(ask: Ask, num_tokens: int, heads: int, chunk: int | None = None) -> Evicted | None:
+    keys = {k.removeprefix("pruning_kv_"): v for k, v in (ask.pruning or {}).items()}
+    if "method" not in keys:
+        return None
+    keep = max(1, int(keys["keep_ratio"] * keys["lag"]))
+    choices = {
+        "lagkv": lag_choice(keep),
+        "streaming": None,
+        "random": random_choice(keys.get("seed", 0), keep, keys["lag"], heads),
+    }
+    chunks = None
+    if keys.get("when") == "chunk" and chunk is not None:
+        chunks = [min(chunk, num_tokens - start) for start in range(0, num_tokens, chunk)]
+    return Evicted(keys["sink"], keys["lag"], keep, choices[keys["method"]], chunks)
+
+
+def assert_like_oracle(
+    oracle: Oracle, ask: Ask, answer: Answer, chunk: int | None = None
+) -> list[int]:
+    images = [image(s) for s in ask.images]
+    _, rows = oracle.embed(ask.prompt, images)
+    pruned = None
+    keys = {k: v for k, v in (ask.pruning or {}).items() if k.startswith("pruning_visual")}
+    if keys:
+        policy = policy_of(keys)
+        plan = policy.plan(layout_of(rows), SHAPE)
+        stages = list(enumerate(SHAPE.boundaries))
+        pruned = Pruned(
+            cuts={b: plan.kept[i] for i, b in stages},
+            ranks=None if plan.ranks is None else {b: list(plan.ranks[i]) for i, b in stages},
+            observed=policy.observed_layers(SHAPE),
+        )
+    heads = oracle.model.config.text_config.num_key_value_heads
+    evicted = evicted_like(ask, len(rows), heads, chunk)
+    trace = oracle.run(ask.prompt, images, answer.tokens, pruned, evicted)
+    for step, (expected, found) in enumerate(zip(trace.logprobs, answer.logprobs, strict=True)):
+        for token, logprob in found.items():
+            assert math.isclose(float(expected[token]), logprob, abs_tol=TOLERANCE), step
+    return evicted.lengths if evicted is not None else []
+
+
+CASES = [
+    pytest.param(STORY, (), kv("lagkv"), id="lagkv-text"),
+    pytest.param(STORY, (), kv("lagkv", 0.5, sink=0, lag=13), id="lagkv-no-sink-odd-lag"),
+    pytest.param(STORY, (), kv("lagkv", 1.0), id="lagkv-keeps-all"),
+    pytest.param(STORY, (), kv("lagkv", 0.01, lag=16), id="lagkv-one-token-left"),
+    pytest.param(STORY, (), kv("streaming"), id="streaming"),
+    pytest.param(STORY, (), kv("random", seed=3), id="random"),
+    pytest.param(DESCRIBE, (1,), kv("lagkv"), id="lagkv-image"),
+    pytest.param(COMPARE, (1, 2), kv("lagkv") | visual("uniform"), id="with-uniform"),
+    pytest.param(COMPARE, (1, 2), kv("lagkv") | visual("transprune", 0.125), id="with-transprune"),
+    pytest.param(
+        DESCRIBE, (3,), kv("streaming") | visual("random", 0.1), id="streaming-with-random"
+    ),
+]
+
+
+@pytest.mark.parametrize(("prompt", "images", "pruning"), CASES)
+def test_engine_equals_a_transformers_loop_that_holds_the_same_keys_and_values(
+    engine: Engine, oracle: Oracle, prompt: str, images: tuple[int, ...], pruning: Any
+) -> None:
+    ask = Ask(prompt, images, pruning, max_tokens=40)
+    (answer,) = engine.ask(ask)
+    lengths = assert_like_oracle(oracle, ask, answer)
+    if pruning["pruning_kv_keep_ratio"] < 1:
+        shrinks = sum(b < a for a, b in itertools.pairwise(lengths))
+        assert shrinks >= 2, "generated tokens must be evicted several times"
+    assert engine.blocks_missing == 0
+
+
+def test_a_whole_batch_of_them_equals_the_loop(engine: Engine, oracle: Oracle) -> None:
+    asks = [Ask(p.values[0], p.values[1], p.values[2], max_tokens=33) for p in CASES[::2]]
+    asks.insert(2, Ask(DESCRIBE, (1,), None, max_tokens=33))
+    for ask, answer in zip(asks, engine.ask(*asks), strict=True):
+        assert_like_oracle(oracle, ask, answer)
+
+
+@pytest.mark.parametrize("method", ["lagkv", "streaming"])
+def test_evicting_after_each_chunk_equals_the_loop_in_chunks(
+    chunked: Engine, oracle: Oracle, method: str
+) -> None:
+    ask = Ask(STORY, (), kv(method, when="chunk"), max_tokens=40)
+    (answer,) = chunked.ask(ask)
+    lengths = assert_like_oracle(oracle, ask, answer, CHUNK)
+    assert len(lengths) > 40 + 1, "the prompt must take several steps"
+
+
+@pytest.mark.parametrize("method", ["lagkv", "streaming", "random"])
+def test_evicting_at_the_prompt_end_does_not_depend_on_the_chunk_size(
+    engine: Engine, chunked: Engine, oracle: Oracle, method: str
+) -> None:
+    ask = Ask(STORY, (), kv(method), max_tokens=40)
+    (whole,), (in_chunks,) = engine.ask(ask), chunked.ask(ask)
+    assert in_chunks.agrees_with(whole, 2e-5)
+    assert_like_oracle(oracle, ask, in_chunks)
+
+
+def test_engine_keeps_the_tokens_that_float64_scores_keep(
+    engine: Engine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenprune.policies.lagkv import LagKV
+
+    found: dict[tuple[int, int, int], list[int]] = {}
+    select = LagKV.select
+
+    def recorded(self: LagKV, inputs: PartitionInputs) -> torch.Tensor:
+        kept = select(self, inputs)
+        for head, partitions in enumerate(kept.tolist()):
+            for p, ranks in enumerate(partitions):
+                found[inputs.layer, head, inputs.first + p] = ranks
+        return kept
+
+    monkeypatch.setattr(LagKV, "select", recorded)
+    ask = Ask(STORY, (), kv("lagkv"), max_tokens=40)
+    (answer,) = engine.ask(ask)
+    expected: dict[tuple[int, ...], list[int]] = {}
+    choice = lag_choice(2)
+
+    def choose(*arguments: Any) -> list[int]:
+        expected[arguments[-3:]] = choice(*arguments)
+        return expected[arguments[-3:]]
+
+    oracle.run(STORY, [], answer.tokens, None, Evicted(4, 8, 2, choose))
+    assert found == expected
+
+
+def test_eviction_changes_the_answer_so_the_comparison_can_fail(engine: Engine) -> None:
+    full, pruned = engine.ask(Ask(STORY), Ask(STORY, (), kv("lagkv")))
+    assert not full.agrees_with(pruned)
