@@ -30,7 +30,7 @@ VOCAB, PROMPT_TOKENS, SEED = 32000, 40, 20
 SWITCHES = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER", "PYTHONPATH")
 
 
-def save_model(folder):
+def save_model(folder, max_positions=2048):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,6 +43,7 @@ def save_model(folder):
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.08,
+        max_position_embeddings=max_positions,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
 

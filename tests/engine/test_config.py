@@ -181,6 +181,7 @@ def config(**changes):
             "architecture": "LlavaForConditionalGeneration",
             "hf_text_config": SimpleNamespace(num_hidden_layers=32, model_type="llama"),
             "is_multimodal_model": True,
+            "max_model_len": 8192,
             "uses_mrope": False,
             "get_sliding_window": lambda: None,
             "is_mm_prefix_lm": False,
@@ -200,7 +201,7 @@ def config(**changes):
             "prefill_context_parallel_size": 1,
             "use_ubatching": False,
         },
-        "cache_config": {"kv_sharing_fast_prefill": False},
+        "cache_config": {"kv_sharing_fast_prefill": False, "cache_dtype": "auto"},
     }
     whole = {
         "additional_config": {},
@@ -253,7 +254,7 @@ def test_an_illegal_default_is_refused():
 
 
 def test_the_shape_of_a_supported_engine():
-    assert engine_shape(config()) == EngineShape(32, (0, 8, 12, 20), 4096)
+    assert engine_shape(config()) == EngineShape(32, (0, 8, 12, 20), 4096, max_model_len=8192)
     assert engine_shape(config()).stage_sizes() == (8, 4, 8, 12)
 
 
@@ -302,6 +303,46 @@ def test_lora_leaves_visual_tokens_alone():
     shape = engine_shape(config(lora_config=object()))
     assert "LoRA" in shape.unsupported
     assert shape.boundaries == (0,)
+
+
+def text(**changes):
+    values = {"num_hidden_layers": 32, "model_type": "llama"} | changes
+    return {"model_config": {"hf_text_config": SimpleNamespace(**values)}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        pytest.param(
+            {"model_config": {"get_sliding_window": lambda: 512}}, "whole context", id="window"
+        ),
+        pytest.param(
+            text(layer_types=["full_attention", "sliding_attention"]), "whole context", id="some"
+        ),
+        pytest.param(text(attention_chunk_size=512), "in chunks", id="chunked-attention"),
+        pytest.param(text(model_type="mpt"), "ALiBi", id="alibi"),
+        pytest.param(text(model_type="falcon", alibi=True), "ALiBi", id="alibi-by-choice"),
+        pytest.param({"model_config": {"is_mm_prefix_lm": True}}, "both directions", id="prefix"),
+        pytest.param({"cache_config": {"cache_dtype": "fp8"}}, "quantised", id="fp8"),
+    ],
+)
+def test_engines_that_cannot_evict_say_why(changes, reason):
+    assert reason in engine_shape(config(**changes)).kv_unsupported
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"model_config": {"is_multimodal_model": False}}, id="text-model"),
+        pytest.param({"model_config": {"uses_mrope": True}}, id="m-rope"),
+        pytest.param({"lora_config": object()}, id="lora"),
+        pytest.param({"cache_config": {"cache_dtype": "bfloat16"}}, id="bfloat16-cache"),
+        pytest.param(text(layer_types=["full_attention"] * 32), id="full-attention"),
+        pytest.param(text(model_type="falcon", alibi=False), id="falcon-with-rope"),
+    ],
+)
+def test_engines_that_cannot_prune_images_can_still_evict(changes):
+    assert engine_shape(config(**changes)).kv_unsupported is None
 
 
 @pytest.mark.parametrize("decoder", ["llama", "mistral", "qwen2", "qwen3"])

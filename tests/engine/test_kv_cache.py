@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.lengths import PhysicalLengths
-from tokenprune.policies import VisualPlan
+from tokenprune.lengths import Eviction, PhysicalLengths
+from tokenprune.policies import KVPlan, VisualPlan
 from tokenprune.request import OFF, RequestPlan
 
 pytest.importorskip("vllm", reason="needs vLLM")
@@ -252,6 +252,33 @@ def test_plans_that_come_and_go_are_seen_at_once():
 def test_a_manager_starts_without_plans_and_shares_none():
     managers = [Side(StagedManager, staged(1)).manager for _ in range(2)]
     assert [dict(m.plans) for m in managers] == [{}, {}]
+
+
+def test_blocks_of_a_step_are_those_of_its_peak_and_come_back_before_the_next():
+    lengths = PhysicalLengths(40, (0, 0), Eviction(2, 8, (2, 2), after_prompt=True))
+    evicting = RequestPlan(OFF, kv=KVPlan((2, 2), lengths))
+    side = Side(StagedManager, staged(1), plans={"r": evicting})
+    computed = {"r": 0}
+    side.manager.num_computed = computed.__getitem__
+    side.manager.max_step = 40
+    arguments = ((), 0, 0, 40)
+    for step in (32, 8, *[1] * 30):
+        after = computed["r"] + step
+        side.manager.free_evicted("r", computed["r"])
+        held = math.ceil(lengths.physical(computed["r"], 1) / BLOCK)
+        assert len(side.held("r")) == held
+        assert side.grow("r", after) is not None
+        assert len(side.held("r")) == math.ceil(lengths.peak(computed["r"], after, 1) / BLOCK)
+        # another call changes nothing: the request may have to wait for its step
+        assert side.grow("r", after) == []
+        computed["r"] = after
+    assert side.empty - side.pool.get_num_free_blocks() == len(side.held("r"))
+    # a new request must fit with its whole prompt
+    computed["r"] = 0
+    side.manager.free("r")
+    needed = side.manager.get_num_blocks_to_allocate("r", 40, *arguments, apply_admission_cap=True)
+    assert needed == 40 // BLOCK
+    assert side.pool.get_num_free_blocks() == side.empty
 
 
 def test_blocks_of_a_pruned_request_never_reach_the_prefix_cache():

@@ -58,6 +58,17 @@ def test_pruning_spends_less_and_scores_are_paid_for() -> None:
     assert spent < spent_scored < full
 
 
+def test_evicting_saves_no_prefill_work() -> None:
+    engine = EngineShape(num_layers=8, boundaries=(0, 2), max_num_batched_tokens=2048)
+    prompt = PromptLayout(num_tokens=100)
+    kv = {"method": "lagkv", "lag": 8, "keep_ratio": 0.1}
+    plan = make_plan(parse_pruning({"kv": kv}), prompt, engine)
+    assert plan.lengths is not None
+    assert plan.lengths.physical(100, 0) < 100
+    full, spent = prefill_flops(plan, prompt, engine, TINY)
+    assert full == spent == 2 * 8 * layer_macs(TINY, 100)
+
+
 def test_an_unpruned_request_spends_all() -> None:
     engine = EngineShape(num_layers=8, boundaries=(0, 2), max_num_batched_tokens=2048)
     prompt = PromptLayout(num_tokens=10)

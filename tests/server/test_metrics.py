@@ -31,7 +31,8 @@ def worker(kept: int, saved: int) -> dict[str, Any]:
         "bucket_bounds": [0.1, 0.3],
         "kv_bytes_saved": saved,
         "visual_tokens": {"uniform": {"seen": 100, "kept": kept}},
-        "kv_tokens": {"lagkv": {"written": 7}},
+        "kv_tokens": {"lagkv": {"written": 7.5}},
+        "kv_blocks_freed": {"lagkv": 3},
     }
 
 
@@ -51,7 +52,8 @@ def test_engines_add_up_and_ranks_of_one_engine_do_not(registry: CollectorRegist
 
     assert value("tokenprune_visual_tokens_total", method="uniform", state="seen") == 200
     assert value("tokenprune_visual_tokens_total", method="uniform", state="kept") == 75
-    assert value("tokenprune_kv_tokens_total", method="lagkv", state="written") == 14
+    assert value("tokenprune_kv_tokens_total", method="lagkv", state="written") == 15
+    assert value("tokenprune_kv_blocks_freed_total", method="lagkv") == 6
     assert value("tokenprune_op_seconds_count", op="score") == 6
     assert value("tokenprune_op_seconds_sum", op="score") == pytest.approx(1.2)
     assert value("tokenprune_op_seconds_bucket", op="score", le="0.3") == 4

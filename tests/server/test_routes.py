@@ -307,6 +307,23 @@ def test_a_model_that_cannot_be_pruned_says_why(start: Start) -> None:
     assert block["skipped"] == {"visual": "model_unsupported"}
 
 
+def test_a_server_that_cannot_evict_says_why(start: Start) -> None:
+    server = start(EngineShape(8, (0,), 100, kv_unsupported="the KV cache is quantised (fp8)"))
+    server.serving.prompts = [TEXT]
+    error = server.chat(pruning={"kv": {"method": "lagkv"}}).json()["error"]
+    assert error["param"] == "pruning.kv"
+    assert "quantised" in error["message"]
+
+
+def test_a_context_too_short_to_evict_from_is_served_whole_with_the_reason(start: Start) -> None:
+    server = start()
+    server.serving.prompts = [TEXT]
+    block = server.chat(pruning={"kv": {"method": "lagkv", "lag": 10**6}}, max_tokens=5)
+    block = block.json()["usage"]["pruning"]
+    assert block["applied"]["kv"] is None
+    assert block["skipped"] == {"kv": "context_too_short"}
+
+
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [

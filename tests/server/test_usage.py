@@ -69,6 +69,26 @@ def test_keeping_everything_saves_nothing() -> None:
     assert block["kv_bytes_saved"] == 0
 
 
+def test_evicted_tokens_are_held_no_more_but_were_computed() -> None:
+    kv = {"method": "lagkv", "sink": 2, "lag": 8, "keep_ratio": 0.25}
+    record = record_of({"kv": kv}, (PHOTO, [6]))
+    block = usage_block(record, ENGINE, 100)
+    # 55 tokens computed; (55 - 2) // 8 - 1 partitions give up 6 tokens each
+    assert block["applied"] == {"visual": None, "kv": "lagkv", "channels": None}
+    assert block["visual_tokens_kept"] == [40, 40, 40]
+    assert block["kv_tokens_logical"] == 55
+    assert block["kv_tokens_physical"] == 55 - 5 * 6
+    assert block["kv_bytes_saved"] == 8 * 5 * 6 * 100
+    assert header_value(record) == "kv=lagkv;keep_ratio=0.25;lag=8"
+
+
+def test_the_header_names_a_budget_where_one_was_given() -> None:
+    kv = {"method": "streaming", "lag": 8, "budget_tokens": 40}
+    assert (
+        header_value(record_of({"kv": kv}, (PHOTO, [6]))) == "kv=streaming;budget_tokens=40;lag=8"
+    )
+
+
 def test_a_bypassed_request_only_gives_the_reason() -> None:
     record = RequestRecord(parse_pruning("balanced"), bypass="beam_search")
     assert usage_block(record, ENGINE, 100) == {

@@ -1,0 +1,207 @@
+"""How many requests one KV pool carries: stock vLLM, tokenprune without eviction, LagKV 2x 4x 8x.
+
+    python -m bench.capacity [--prompt 2048] [--new 64] [--pool-prompts 12] [--out FILE]
+
+Every engine has the same pool (`--pool-prompts` unpruned prompts), the same random Llama, the same
+prompts and block size, runs in a process of its own, and they take turns at each load. A load is
+closed: so many requests are in flight at any time. The last load is more than any of them can hold
+and shows the peak; the others show throughput at concurrency 1 to 32. Blocks are compared with the
+formula of `tokenprune.lengths` after every step: what a step empties comes back one step later.
+
+Capacity and speed are two claims. Random weights say nothing about quality, the third.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.bench_cpu_step import SWITCHES, VOCAB, save_model
+from bench.common import manifest
+
+KEEP = {"stock": None, "off": None, "2x": 0.5, "4x": 0.25, "8x": 0.125}
+BLOCK, SINK, LAG, SEED = 32, 4, 64, 20
+
+
+def serve(mode, folder, prompt, new, pool, most):
+    """Answer `concurrency requests` lines with what one load showed."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    ours = mode != "stock"
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_PLUGINS": "tokenprune" if ours else "",
+    }
+    arguments = {}
+    import torch
+
+    if ours:
+        from tokenprune.engine.launch import engine_arguments
+        from tokenprune.triton_cpu import activate
+
+        if not torch.cuda.is_available():
+            activate()
+        arguments = engine_arguments(prune_layers=[])
+    elif not torch.cuda.is_available():
+        # what a plain vllm serve uses there
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        folder,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=prompt + new + BLOCK,
+        max_num_batched_tokens=prompt,
+        max_num_seqs=most,
+        block_size=BLOCK,
+        num_gpu_blocks_override=pool + 1,
+        kv_cache_memory_bytes=4 << 30,
+        distributed_executor_backend="uni",
+        enable_prefix_caching=False,
+        **arguments,
+    ).llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    blocks = scheduler.kv_cache_manager.block_pool
+    preempt, preempted = scheduler._preempt_request, []
+
+    def counted(*args, **kwargs):
+        preempted.append(1)
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+    keys = {"method": "lagkv", "sink": SINK, "lag": LAG, "keep_ratio": KEEP[mode]}
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=new,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={f"pruning_kv_{k}": v for k, v in keys.items()} if KEEP[mode] else None,
+    )
+
+    def formula():
+        total = 0
+        for request in scheduler.running:
+            plan = getattr(scheduler, "_plans", {}).get(request.request_id)
+            n = request.num_computed_tokens
+            total += -(-(plan.lengths.physical(n, 0) if plan else n) // BLOCK)
+        return total
+
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        concurrency, count = map(int, line.split())
+        rng = random.Random(SEED)
+        waiting = [[rng.randrange(VOCAB) for _ in range(prompt)] for _ in range(count)]
+        preempted.clear()
+        live = sent = peak = tokens = held = expected = 0
+        start = time.perf_counter()
+        while sent < count or live:
+            while sent < count and live < concurrency:
+                engine.add_request(f"{line}-{sent}", {"prompt_token_ids": waiting[sent]}, params)
+                sent, live = sent + 1, live + 1
+            for output in engine.step():
+                if output.finished:
+                    live -= 1
+                    tokens += len(output.outputs[0].token_ids)
+            peak = max(peak, len(scheduler.running))
+            if len(scheduler.running) == min(concurrency, peak):
+                held += blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks()
+                expected += formula()
+        seconds = time.perf_counter() - start
+        while engine.has_unfinished_requests():
+            engine.step()
+        engine.step()
+        answer = {
+            "peak": peak,
+            "preemptions": len(preempted),
+            "tokens_per_second": tokens / seconds,
+            "requests_per_second": count / seconds,
+            "blocks_over_formula": held / max(expected, 1),
+            "blocks_missing": blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks(),
+        }
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def start(mode, folder, args, pool, log):
+    env = {name: value for name, value in os.environ.items() if name not in SWITCHES[:2]}
+    numbers = [str(n) for n in (args.prompt, args.new, pool, args.most)]
+    command = [sys.executable, "-m", "bench.capacity", "--serve", mode, folder, *numbers]
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env
+    )
+    if child.stdout.readline() != "ready\n":
+        log.seek(0)
+        raise SystemExit(f"the {mode} engine must start, got:\n{log.read()[-3000:]}")
+    return child
+
+
+def markdown(args, pool, loads, rows):
+    most = loads[-1]
+    lines = [
+        f"One pool of {pool} blocks of {BLOCK} tokens ({args.pool_prompts} prompts of "
+        f"{args.prompt}), {args.new} new tokens each, sink {SINK}, lag {LAG}.",
+        "",
+        "| engine | peak concurrent | preemptions | blocks / formula | "
+        + " | ".join(f"tok/s at {c}" for c in loads)
+        + " |",
+        "|---" * (4 + len(loads)) + "|",
+    ]
+    for mode, by_load in rows.items():
+        full = by_load[most]
+        speeds = " | ".join(f"{by_load[c]['tokens_per_second']:.1f}" for c in loads)
+        lines.append(
+            f"| {mode} | {full['peak']} | {full['preemptions']} | "
+            f"{full['blocks_over_formula']:.3f} | {speeds} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--pool-prompts", type=int, default=12)
+    parser.add_argument("--most", type=int, default=64, help="requests of the last load")
+    parser.add_argument("--loads", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/capacity-cpu.json"))
+    parser.add_argument("--serve", nargs=6, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        mode, folder, *numbers = args.serve
+        return serve(mode, folder, *map(int, numbers))
+
+    run = manifest("bench.capacity", SEED)
+    pool = args.pool_prompts * -(-args.prompt // BLOCK)
+    loads = [*args.loads, args.most]
+    rows = {mode: {} for mode in KEEP}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
+        save_model(folder, args.prompt + args.new + BLOCK)
+        children = {mode: start(mode, folder, args, pool, log) for mode in KEEP}
+        try:
+            for turn, concurrency in enumerate(loads):
+                order = list(KEEP)
+                for mode in order[turn % len(order) :] + order[: turn % len(order)]:
+                    child = children[mode]
+                    print(concurrency, max(concurrency, 2), file=child.stdin, flush=True)
+                    rows[mode][concurrency] = json.loads(child.stdout.readline())
+        finally:
+            for child in children.values():
+                child.stdin.close()
+                child.wait(timeout=60)
+    table = markdown(args, pool, loads, rows)
+    print(table)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(run | {"pool_blocks": pool, "rows": rows}) + "\n")
+    args.out.with_suffix(".md").write_text(table)
+    missing = sum(r["blocks_missing"] for by_load in rows.values() for r in by_load.values())
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
