@@ -5,10 +5,12 @@ Nothing of ours runs: each test names one place of vLLM and what the engine room
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import pickle
 import re
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,7 +125,12 @@ def test_a_method_takes_the_keyword_we_use(path, method, keyword):
         ("vllm.v1.core.sched.output:NewRequestData", "req_id mm_features sampling_params"),
         (
             "vllm.v1.core.sched.output:SchedulerOutput",
-            "scheduled_new_reqs num_scheduled_tokens",
+            "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens",
+        ),
+        ("vllm.v1.core.sched.output:CachedRequestData", "req_ids num_computed_tokens"),
+        (
+            "vllm.v1.kv_cache_interface:FullAttentionSpec",
+            "block_size sliding_window attention_chunk_size",
         ),
         ("vllm.forward_context:ForwardContext", "skip_compiled"),
         ("vllm.multimodal.inputs:MultiModalFeatureSpec", "modality mm_position"),
@@ -140,15 +147,17 @@ def test_a_dataclass_has_the_fields_we_read(path, fields):
     [
         ("vllm.v1.request:Request", "num_prompt_tokens skip_reading_prefix_cache resumable"),
         ("vllm.v1.request:Request", "mm_features sampling_params num_computed_tokens"),
-        (TABLES, "slot_mappings num_blocks"),
+        (TABLES, "slot_mappings num_blocks block_tables block_sizes"),
         ("vllm.v1.worker.gpu.states:RequestState", "req_id_to_index prompt_len"),
         ("vllm.v1.worker.gpu.states:RequestState", "num_computed_tokens_np"),
         (RUNNER, "req_states block_tables kv_cache_config cudagraph_manager model_state"),
         (RUNNER, "max_num_reqs encoder_cache"),
         ("vllm.v1.worker.gpu.model_states.interface:ModelState", "max_num_reqs device"),
-        ("vllm.v1.core.sched.scheduler:Scheduler", "requests kv_cache_manager vllm_config"),
+        ("vllm.v1.core.sched.scheduler:Scheduler", "requests running kv_cache_manager"),
+        ("vllm.v1.core.sched.scheduler:Scheduler", "vllm_config"),
         ("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator"),
-        (MANAGER, "kv_cache_spec"),
+        (MANAGER, "kv_cache_spec req_to_blocks block_size block_pool"),
+        ("vllm.model_executor.layers.attention.attention:Attention", "kv_cache"),
     ],
 )
 def test_an_object_has_the_attributes_we_read(path, attributes):
@@ -174,7 +183,8 @@ def test_an_object_has_the_attributes_we_read(path, attributes):
             "max_num_batched_tokens long_prefill_token_threshold disable_hybrid_kv_cache_manager "
             "scheduler_cls",
         ),
-        ("vllm.config:CacheConfig", "kv_sharing_fast_prefill"),
+        ("vllm.config:CacheConfig", "kv_sharing_fast_prefill cache_dtype"),
+        ("vllm.config:CompilationConfig", "static_forward_context"),
         (
             "vllm.config:VllmConfig",
             "additional_config use_v2_model_runner kv_transfer_config speculative_config "
@@ -183,7 +193,7 @@ def test_an_object_has_the_attributes_we_read(path, attributes):
         (
             "vllm.config:ModelConfig",
             "architecture hf_text_config is_multimodal_model uses_mrope get_sliding_window "
-            "is_mm_prefix_lm use_mla is_hybrid is_attention_free is_encoder_decoder",
+            "is_mm_prefix_lm max_model_len use_mla is_hybrid is_attention_free is_encoder_decoder",
         ),
     ],
     ids=lambda value: value.split(":")[1] if ":" in value else "",
@@ -224,6 +234,43 @@ def test_a_scheduler_output_carries_our_attribute_to_the_worker():
     output = load("vllm.v1.core.sched.output:SchedulerOutput").make_empty()
     output.tokenprune = {"r": (5, (5, 3))}
     assert pickle.loads(pickle.dumps(output)).tokenprune == {"r": (5, (5, 3))}
+
+
+def test_the_admission_check_says_that_it_is_one():
+    # an evicting request must fit with its highest peak then, and with one step's peak otherwise
+    source = inspect.getsource(
+        load("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.get_num_blocks_to_allocate")
+    )
+    assert source.count("apply_admission_cap=apply_admission_cap") == 2
+
+
+def test_block_ids_of_running_requests_are_only_ever_appended():
+    # the worker shortens its table itself, then appends where that ends
+    append = inspect.getsource(load(f"{TABLES}.append_block_ids"))
+    assert "start = self.num_blocks.np[i, req_index] if not overwrite else 0" in append
+    update = inspect.getsource(load(f"{RUNNER}.update_requests"))
+    assert "overwrite=False" in update
+
+
+def test_rows_of_the_row_layouts_are_key_then_value():
+    # read and not imported: the backends need a GPU's libraries
+    folder = Path(importlib.util.find_spec("vllm.v1.attention.backends").origin).parent
+    for name in ("flash_attn.py", "triton_attn.py"):
+        assert re.search(
+            r"key_cache, value_cache = kv_cache\.transpose\(1, 2\)\.split\(\s*self\.head_size",
+            (folder / name).read_text(),
+        ), name
+
+
+def test_the_cpu_backend_writes_as_the_codec_asks_it_to():
+    update = inspect.getsource(
+        load("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update")
+    )
+    assert "kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))" in update
+    assert "kv_cache.chunk(2, dim=2)" in update
+    operator = load("vllm._custom_ops:cpu_attn_reshape_and_cache")
+    expected = ["key", "value", "key_cache", "value_cache", "slot_mapping", "isa"]
+    assert list(inspect.signature(operator).parameters)[:6] == expected
 
 
 def test_new_requests_say_how_long_their_prompt_is():
