@@ -45,8 +45,13 @@ class PruningEndpoints:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Read the engine's shape and put the taps in."""
         vllm_config = engine_client.vllm_config
+        engine = _engine_shape(vllm_config)
+        if engine.kv_unsupported is None:
+            # the attention backend is chosen in the workers
+            answers = await engine_client.collective_rpc("tokenprune_kv_unsupported")
+            engine = replace(engine, kv_unsupported=next(filter(None, answers), None))
         service = Service(
-            engine=_engine_shape(vllm_config),
+            engine=engine,
             model=_model_shape(vllm_config),
             default=settings(vllm_config).default_pruning,
             kv_bytes_per_token_layer=_kv_bytes_per_token_layer(vllm_config),

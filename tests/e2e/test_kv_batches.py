@@ -131,12 +131,15 @@ def test_aborting_mid_generation_returns_every_block(engine: Engine) -> None:
 def test_several_choices_of_one_prompt_evict_each_for_itself(engine: Engine) -> None:
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        n=3, temperature=0, max_tokens=20, ignore_eos=True, logprobs=1, extra_args=kv("lagkv")
-    )
-    (output,) = engine.llm.generate([STORY], params, use_tqdm=False)
-    (alone,) = engine.ask(Ask(STORY, (), kv("lagkv"), 20))
-    assert [list(o.token_ids) for o in output.outputs] == [alone.tokens] * 3
+    def sampled(seed: int, n: int) -> list[list[int]]:
+        params = SamplingParams(
+            n=n, seed=seed, max_tokens=20, ignore_eos=True, extra_args=kv("lagkv")
+        )
+        (output,) = engine.llm.generate([STORY], params, use_tqdm=False)
+        return [list(o.token_ids) for o in output.outputs]
+
+    # choice i draws with seed + i
+    assert sampled(5, 3) == [sampled(5 + i, 1)[0] for i in range(3)]
     assert engine.blocks_missing == 0
 
 

@@ -378,6 +378,37 @@ def test_a_chunked_prompt_is_fine_for_methods_that_need_no_scores(server: Server
     assert answer.pruning["visual_tokens_kept"] == [144, 72, 36, 36]
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_evicted_tokens_are_reported_and_counted(server: Server, stream: bool) -> None:
+    kv = {"method": "lagkv", "sink": 4, "lag": 16, "keep_ratio": 0.25}
+    names = {
+        state: f'tokenprune_kv_tokens_total{{method="lagkv",state="{state}"}}'
+        for state in ("written", "evicted")
+    }
+    freed = 'tokenprune_kv_blocks_freed_total{method="lagkv"}'
+    before = server.metrics()
+    answer = server.chat(pruning={"kv": kv}, messages=LONG, max_tokens=40, stream=stream)
+    after = server.metrics()
+    computed = answer.usage["prompt_tokens"] + answer.usage["completion_tokens"] - 1
+    evicted = ((computed - 4) // 16 - 1) * 12
+    assert answer.header == "kv=lagkv;keep_ratio=0.25;lag=16"
+    assert answer.pruning["applied"] == {"visual": None, "kv": "lagkv", "channels": None}
+    assert answer.pruning["kv_tokens_logical"] == computed
+    assert answer.pruning["kv_tokens_physical"] == computed - evicted
+    assert after[names["written"]] - before.get(names["written"], 0) >= computed
+    assert after[names["evicted"]] - before.get(names["evicted"], 0) >= evicted
+    assert after[freed] > before.get(freed, 0)
+
+
+def test_a_context_too_short_to_evict_from_is_served_whole(server: Server) -> None:
+    name = 'tokenprune_fallback_total{axis="kv",reason="context_too_short"}'
+    before = server.metrics().get(name, 0)
+    answer = server.chat(pruning={"kv": {"method": "lagkv"}})
+    assert answer.pruning["skipped"] == {"kv": "context_too_short"}
+    assert answer.header == "none"
+    assert server.metrics()[name] == before + 1
+
+
 def test_neighbours_do_not_notice_each_other(server: Server, unpruned: Answer) -> None:
     alone = {name: server.chat(pruning=value) for name, value in KINDS.items()}
     names = [*KINDS] * 3

@@ -339,6 +339,11 @@ class PruningModelRunner(GPUModelRunner):
                 str(policy.model_dump()["method"]), request.layout.num_visual, visual.kept[-1]
             )
 
+    @property
+    def kv_unsupported(self) -> str | None:
+        """Why KV tokens cannot be evicted here, or None; known once there is a cache."""
+        return self._shape.kv_unsupported
+
     def kv_bytes_saved(self) -> int:
         """Return the bytes of KV blocks that live pruned requests do without, from block tables."""
         saved = 0

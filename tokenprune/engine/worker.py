@@ -43,6 +43,10 @@ class PruningWorker(PlatformWorker):
 
         return PruningModelRunner(self.vllm_config, self.device)
 
+    def tokenprune_kv_unsupported(self) -> str | None:
+        """Return why KV tokens cannot be evicted in this worker, or None if they can."""
+        return self.model_runner.kv_unsupported
+
     def tokenprune_stats(self) -> dict[str, Any]:
         """Return this worker's figures since the engine started, as plain data."""
         runner = self.model_runner
