@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM")
 
 from tokenprune.engine.cache_layout import KNOWN_BACKENDS, PermutedLayout, RowLayout, layout_of
-from tokenprune.engine.compaction import Compactor, due
+from tokenprune.engine.compaction import Compactor
 from tokenprune.engine.stats import WorkerStats
-from tokenprune.engine.step import PrunedRequest
+from tokenprune.engine.step import PrunedRequest, due
 from tokenprune.errors import ConfigurationError
 from tokenprune.lengths import PromptLayout
 from tokenprune.policies import EngineShape

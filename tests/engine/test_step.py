@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.engine.step import PrunedRequest, known_rows, stage_rows
-from tokenprune.lengths import PhysicalLengths, PromptLayout
-from tokenprune.policies import VisualPlan
+from tokenprune.engine.step import PrunedRequest, due, known_rows, stage_rows
+from tokenprune.lengths import Eviction, PhysicalLengths, PromptLayout
+from tokenprune.policies import KVPlan, VisualPlan
 from tokenprune.request import OFF, RequestPlan
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
@@ -175,3 +175,44 @@ def test_known_rows_are_the_counted_rows_and_each_stage_is_part_of_the_one_befor
             dropped = request.plan.lengths.dropped[stage]
             kept = [r for r in range(scheduled[i]) if computed[i] + r not in dropped]
             assert offsets == (kept or offsets[:1])
+
+
+@st.composite
+def evicting(draw):
+    """A request that evicts at two stages, the second of which may drop positions, and chunks."""
+    num_tokens = draw(st.integers(1, 40))
+    dropped = tuple(sorted(draw(st.sets(st.integers(0, num_tokens - 1), max_size=num_tokens))))
+    lag = draw(st.integers(1, 6))
+    keep = (draw(st.integers(1, lag)), draw(st.integers(1, lag)))
+    eviction = Eviction(draw(st.integers(0, 3)), lag, keep, draw(st.booleans()))
+    lengths = PhysicalLengths(num_tokens, ((), dropped), eviction)
+    visual = VisualPlan((), (), None, lengths) if dropped else None
+    plan = RequestPlan(OFF, visual=visual, kv=KVPlan(keep, lengths))
+    chunks = draw(st.lists(st.integers(1, 15), min_size=1, max_size=8))
+    return PrunedRequest("r", PromptLayout(num_tokens), plan), chunks
+
+
+@PROPERTY
+@given(evicting())
+def test_a_step_appends_behind_what_is_held_and_then_gives_up_what_is_due(case):
+    request, chunks = case
+    computed = 0
+    for chunk in chunks:
+        held, peak = request.physical(computed), request.peak(computed, computed + chunk)
+        stages = stage_rows([request], np.array([computed]), np.array([chunk]), 2)
+        for stage, rows in enumerate(stages):
+            written = rows.cache_indices()[: 0 if len(rows.idle) else None].tolist()
+            assert written == list(range(held[stage], peak[stage]))
+            assert rows.seq_lens[0] == max(1, peak[stage])
+            work = due(request, computed, computed + chunk, stage)
+            left = request.physical(computed + chunk)[stage]
+            assert peak[stage] - (work.evicted if work else 0) == left
+            if work:
+                # what is cut down lies behind the sink and before the newest tokens
+                assert work.begin >= request.plan.lengths.eviction.sink
+                assert work.begin + (work.count + 1) * work.lag <= work.end == peak[stage]
+        if not request.drops_rows(computed):
+            # all stages have the same rows, and only the cache index lies behind
+            behind = request.behind(computed)
+            assert [computed - b for b in behind] == list(held)
+        computed += chunk

@@ -8,7 +8,6 @@ counts; which tokens of them stay is the policy's choice, made from the cache it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,54 +17,12 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from tokenprune.engine.cache_layout import CacheLayout, layout_of
 from tokenprune.engine.stats import WorkerStats
-from tokenprune.engine.step import PrunedRequest
+from tokenprune.engine.step import Due, PrunedRequest, due
 from tokenprune.errors import ConfigurationError
 from tokenprune.policies import KVPolicy, PartitionInputs
 
 # elements of keys and values read at once for scoring: 32 MiB of float32
 MAX_READ = 1 << 23
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """What one step leaves to evict of one request at one stage, in cache indices.
-
-    Attributes:
-        first: Index of the first partition to cut down, counted from the sink.
-        count: Partitions to cut down.
-        begin: Where the first of them begins in the cache.
-        end: Slots in use.
-        lag: Tokens of a partition.
-        keep: Tokens kept of each.
-    """
-
-    first: int
-    count: int
-    begin: int
-    end: int
-    lag: int
-    keep: int
-
-    @property
-    def evicted(self) -> int:
-        """Slots given up."""
-        return self.count * (self.lag - self.keep)
-
-
-def due(request: PrunedRequest, before: int, after: int, stage: int) -> Due | None:
-    """Return what the step from `before` to `after` tokens leaves to evict, or None."""
-    assert request.plan.kv is not None
-    lengths = request.plan.kv.lengths
-    eviction = lengths.eviction
-    assert eviction is not None
-    first = lengths.partitions_cut(before, stage)
-    count = lengths.partitions_cut(after, stage) - first
-    keep = eviction.keep[stage]
-    if count == 0 or keep == eviction.lag:
-        return None
-    begin = eviction.sink + first * keep
-    end = lengths.peak(before, after, stage)
-    return Due(first, count, begin, end, eviction.lag, keep)
 
 
 class Compactor:

@@ -143,3 +143,45 @@ def known_rows(request: PrunedRequest, computed: int, scheduled: int) -> list[In
         kept = left if len(left) else kept[-1:]
         rows.append((kept - computed).astype(np.int32))
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What one step leaves to evict of one request at one stage, in cache indices.
+
+    Attributes:
+        first: Index of the first partition to cut down, counted from the sink.
+        count: Partitions to cut down.
+        begin: Where the first of them begins in the cache.
+        end: Slots in use.
+        lag: Tokens of a partition.
+        keep: Tokens kept of each.
+    """
+
+    first: int
+    count: int
+    begin: int
+    end: int
+    lag: int
+    keep: int
+
+    @property
+    def evicted(self) -> int:
+        """Slots given up."""
+        return self.count * (self.lag - self.keep)
+
+
+def due(request: PrunedRequest, before: int, after: int, stage: int) -> Due | None:
+    """Return what the step from `before` to `after` tokens leaves to evict, or None."""
+    assert request.plan.kv is not None
+    lengths = request.plan.kv.lengths
+    eviction = lengths.eviction
+    assert eviction is not None
+    first = lengths.partitions_cut(before, stage)
+    count = lengths.partitions_cut(after, stage) - first
+    keep = eviction.keep[stage]
+    if count == 0 or keep == eviction.lag:
+        return None
+    begin = eviction.sink + first * keep
+    end = lengths.peak(before, after, stage)
+    return Due(first, count, begin, end, eviction.lag, keep)
