@@ -60,11 +60,11 @@ def test_neighbours_of_an_evicting_request_are_bit_equal(engine: Engine) -> None
 
 
 def test_unpruned_answers_do_not_change_whoever_shared_their_prefix_before(engine: Engine) -> None:
-    evicting, plain = Ask(STORY, (), kv("lagkv"), 20), Ask(STORY, max_tokens=20)
+    evicting, plain = Ask(STORY, (), kv("lagkv"), 10), Ask(STORY, max_tokens=10)
     engine.llm.reset_prefix_cache()
     (expected,) = engine.ask(plain)
     (expected_evicting,) = engine.ask(evicting)
-    for order in itertools.product([evicting, plain], repeat=3):
+    for order in ([evicting, plain], [plain, evicting, plain], [evicting, plain, evicting]):
         engine.llm.reset_prefix_cache()
         for ask in order:
             (answer,) = engine.ask(ask)
@@ -259,7 +259,7 @@ def random_traffic(engine: Engine, count: int, seed: int) -> int:
 
 
 def test_random_requests_leave_no_block_behind(cramped: Engine) -> None:
-    assert random_traffic(cramped, 120, seed=0) > 0
+    assert random_traffic(cramped, 60, seed=0) > 0
     assert cramped.blocks_missing == 0
     assert not cramped.scheduler._plans
 
