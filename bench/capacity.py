@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from textwrap import fill
 
 from bench.bench_cpu_step import SWITCHES, VOCAB, save_model
-from bench.common import manifest
+from bench.common import manifest, table
 
 KEEP = {"stock": None, "off": None, "2x": 0.5, "4x": 0.25, "8x": 0.125}
 BLOCK, SINK, LAG, SEED = 32, 4, 64, 20
@@ -141,25 +142,43 @@ def start(mode, folder, args, pool, log):
     return child
 
 
-def markdown(args, pool, loads, rows):
-    most = loads[-1]
-    lines = [
-        f"One pool of {pool} blocks of {BLOCK} tokens ({args.pool_prompts} prompts of "
-        f"{args.prompt}), {args.new} new tokens each, sink {SINK}, lag {LAG}.",
-        "",
-        "| engine | peak concurrent | preemptions | blocks / formula | "
-        + " | ".join(f"tok/s at {c}" for c in loads)
-        + " |",
-        "|---" * (4 + len(loads)) + "|",
+def markdown(record):
+    """Return what the README shows of a record: what one pool carries, and how fast."""
+    loads = [str(c) for c in record["loads"]]
+    most, rows = loads[-1], record["rows"]
+    stock = rows["stock"][most]["peak"]
+    text = fill(
+        f"One pool of {record['pool_blocks']} blocks of {BLOCK} tokens "
+        f"({record['pool_prompts']} prompts of {record['prompt']}), {record['new']} new tokens "
+        f"each, sink {SINK}, lag {LAG}. *peak*: most requests running at once with {most} in "
+        f"flight. *blocks/formula*: blocks held over those that the counts promise, between steps. "
+        f"Commit {record['git_sha'][:7]}, {record['machine']['cores']} cores of an "
+        f"{record['machine']['cpu']}; stock is `vllm serve` as it is there.",
+        79,
+    )
+    held = [
+        [
+            mode,
+            f"{row[most]['peak']}",
+            f"{row[most]['peak'] / stock:.1f}x",
+            f"{row[most]['preemptions']}",
+            f"{row[most]['blocks_over_formula']:.3f}",
+        ]
+        for mode, row in rows.items()
     ]
-    for mode, by_load in rows.items():
-        full = by_load[most]
-        speeds = " | ".join(f"{by_load[c]['tokens_per_second']:.1f}" for c in loads)
-        lines.append(
-            f"| {mode} | {full['peak']} | {full['preemptions']} | "
-            f"{full['blocks_over_formula']:.3f} | {speeds} |"
-        )
-    return "\n".join(lines) + "\n"
+    speed = [
+        [mode, *(f"{row[load]['tokens_per_second']:.1f}" for load in loads)]
+        for mode, row in rows.items()
+    ]
+    heads = ["engine", "peak", "over stock", "preemptions", "blocks/formula"]
+    return "\n\n".join(
+        [
+            text,
+            table([heads, *held]),
+            "Tokens a second by the number of requests in flight:",
+            table([["engine", *loads], *speed]),
+        ]
+    )
 
 
 def main():
@@ -194,11 +213,17 @@ def main():
             for child in children.values():
                 child.stdin.close()
                 child.wait(timeout=60)
-    table = markdown(args, pool, loads, rows)
-    print(table)
+    record = {
+        **run,
+        "pool_blocks": pool,
+        **{key: getattr(args, key) for key in ("prompt", "new", "pool_prompts")},
+        "loads": loads,
+        # keys of JSON objects are strings
+        "rows": {mode: {str(c): r for c, r in row.items()} for mode, row in rows.items()},
+    }
+    print(markdown(record))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(run | {"pool_blocks": pool, "rows": rows}) + "\n")
-    args.out.with_suffix(".md").write_text(table)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
     missing = sum(r["blocks_missing"] for by_load in rows.values() for r in by_load.values())
     return 1 if missing else 0
 

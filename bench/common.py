@@ -40,6 +40,17 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
     return " ".join(["python -m", module, *kept])
 
 
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table that reads as plain text too; the first line has the headings."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
+
+
 def quantiles(values: Iterable[float]) -> list[float]:
     """Return p10, p50 and p90, interpolated between neighbours."""
     ordered = sorted(values)

@@ -6,7 +6,8 @@ Without --model it is the built-in model, as in `make quality`, which then updat
 Held-out questions of `bench/demo_model` go to `tokenprune serve` over the OpenAI API, greedy and
 several at a time; an answer counts if it matches exactly. `off`, `random` and `uniform` are in
 every table. A sample of each cell is answered again by a transformers loop that drops the same
-rows. An interrupted run goes on where it stopped, from answers.jsonl in the output folder.
+rows. An interrupted run goes on where it stopped, from answers.jsonl in the output folder; without
+--out, questions about pictures and about documents have a folder each.
 --quick asks fewer questions, keeps no answers unless --out is given, and fails where the
 unpruned model is worse than accuracy.json beside the weights says. Words after `--` go to
 `tokenprune serve`.
@@ -42,6 +43,7 @@ from bench.quality_store import HF, SERVED, Answers, code_hash, model_hash
 from bench.quality_tasks import (
     HF_AXES,
     OFF,
+    SUBJECTS,
     TASKS,
     Cell,
     Item,
@@ -49,6 +51,7 @@ from bench.quality_tasks import (
     all_methods,
     item,
     make_cells,
+    subject_of,
     tasks_at,
 )
 from tokenprune.demo.builtin import FOLDER
@@ -56,7 +59,10 @@ from tokenprune.errors import TokenPruneError
 
 DEFAULT_OUT = Path("bench/results/quality")
 # the gate is about the unpruned model; a few pruned questions show that pruning runs
-QUICK_RATIOS, QUICK_HF, QUICK_PRUNED_N = (0.25,), 2, 25
+QUICK_RATIOS, QUICK_HF = (0.25,), 2
+# a document takes as long as five pictures
+PRUNED_N = {"pictures": 500, "documents": 200}
+QUICK_PRUNED_N = {"pictures": 25, "documents": 8}
 
 Work = list[tuple[Cell, Item]]
 
@@ -71,7 +77,7 @@ def check_with_hf(model: Path, work: Work, answers: Answers, console: Console) -
             advance(cell)
 
 
-def measure(options: argparse.Namespace, console: Console) -> int:
+def measure(options: argparse.Namespace, console: Console, out: Path, subjects: list[str]) -> int:
     model = model_hash(options.model)
     if find_spec("matplotlib") is None:
         # before an hour of questions, not after it
@@ -84,21 +90,26 @@ def measure(options: argparse.Namespace, console: Console) -> int:
         reached.picture if options.picture_level is None else options.picture_level,
         reached.text if options.text_level is None else options.text_level,
     )
-    tasks = options.tasks or tasks_at(levels)
-    cells = make_cells(tasks, options.methods, options.keep_ratios)
+    cells = make_cells(options.tasks or tasks_at(levels), options.methods, options.keep_ratios)
+    cells = [cell for cell in cells if subject_of(cell.task) in subjects]
+    if not cells:
+        return 0
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
     recorded: dict[str, float] = {}
     if options.quick:
         # a missing record is told now, not after all questions
         recorded = expected(record, model, options.seed, levels, options.n)
     serving = server_arguments(options.model, options.serve)
     header: dict[str, Any] = {"model": model, "seed": options.seed, "server": serving}
-    with Answers(options.out / "answers.jsonl", {**header, "code": code_hash()}) as answers:
+    with Answers(out / "answers.jsonl", {**header, "code": code_hash()}) as answers:
         questions = {
             name: [item(name, index, options.seed, levels) for index in range(options.n)]
             for name in tasks
         }
         asked = {
-            cell: questions[cell.task][: None if cell.method == OFF else options.pruned_n]
+            cell: questions[cell.task][
+                : options.n if cell.method == OFF else options.pruned_n[subject_of(cell.task)]
+            ]
             for cell in cells
         }
 
@@ -121,11 +132,12 @@ def measure(options: argparse.Namespace, console: Console) -> int:
             model=model,
             seed=options.seed,
             n=options.n,
-            pruned_n=options.pruned_n,
+            pruned_n=sorted({len(items) for cell, items in asked.items() if cell.method != OFF}),
             levels=levels,
+            subjects=subjects,
             runs=answers.runs,
         )
-        shown = write_results(options.out, quality_report.with_pools(rows), summary)
+        shown = write_results(out, quality_report.with_pools(rows), summary)
         console.print(shown, markup=False, soft_wrap=True)
         if options.record:
             first = [
@@ -165,14 +177,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--tasks", type=_names, help=f"default: all at the level of {','.join(TASKS)}")
     add("--methods", type=_names, help="where a task's axis has them; default: all there are")
     add("--keep-ratios", type=_ratios, help="default: 0.5,0.25,0.125")
-    add("-n", type=_positive, help="questions a cell, default 500")
+    add("-n", type=_positive, help="questions a cell; default: 500, of pruned documents 200")
     add("--hf", type=int, help="of those, checked by transformers, default 20")
     add("--concurrency", type=_positive, default=16, help="requests at a time")
     add("--seed", type=int, default=0, help="of the questions")
     reached = "difficulty; default: what training reached"
     add("--picture-level", type=int, choices=range(LEVELS["picture"]), help=reached)
     add("--text-level", type=int, choices=range(LEVELS["text"]), help=reached)
-    add("--out", type=Path, help=f"default: {DEFAULT_OUT}")
+    add("--out", type=Path, help=f"default: a subject's folder in {DEFAULT_OUT}")
     add("--fresh", action="store_true", help="forget the answers in --out")
     add("--quick", action="store_true", help="few questions, none remembered; for CI")
     add("--record", action="store_true", help=f"write {RECORD} beside the weights")
@@ -182,8 +194,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.serve = ours[cut + 1 :]
     quick = options.quick
     options.methods = options.methods or all_methods()
+    options.pruned_n = dict.fromkeys(SUBJECTS, options.n) if options.n else PRUNED_N
+    if quick:
+        options.pruned_n = QUICK_PRUNED_N
     options.n = options.n or (QUICK_N if quick else 500)
-    options.pruned_n = min(options.n, QUICK_PRUNED_N) if quick else options.n
     options.hf = (QUICK_HF if quick else 20) if options.hf is None else options.hf
     options.keep_ratios = options.keep_ratios or (QUICK_RATIOS if quick else [0.5, 0.25, 0.125])
     return options
@@ -200,12 +214,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.quick and options.out is None:
             # answers of older code would hide what the newest broke
             with tempfile.TemporaryDirectory() as folder:
-                options.out = Path(folder)
-                return measure(options, console)
-        options.out = options.out or DEFAULT_OUT
-        if options.fresh:
-            (options.out / "answers.jsonl").unlink(missing_ok=True)
-        return measure(options, console)
+                return measure(options, console, Path(folder), list(SUBJECTS))
+        if options.out is not None:
+            runs = {options.out: list(SUBJECTS)}
+        else:
+            runs = {DEFAULT_OUT / subject: [subject] for subject in SUBJECTS}
+        status = 0
+        for out, subjects in runs.items():
+            if options.fresh:
+                (out / "answers.jsonl").unlink(missing_ok=True)
+            status = max(status, measure(options, console, out, subjects))
+        return status
     except TokenPruneError as error:
         console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
         return 2

@@ -108,6 +108,12 @@ def add_served(
         **_accuracy(rows),
         "first": _accuracy(first),
     }
+    before = record.get("served", {})
+    same = ("model", "seed", "picture_level", "text_level", "questions")
+    if all(before.get(key) == served[key] for key in same):
+        # the other subject's tasks were asked in a run of their own
+        for new, old in ((served, before), (served["first"], before["first"])):
+            new["accuracy"] = {**old["accuracy"], **new["accuracy"]}
     write_whole(folder / RECORD, json.dumps({**record, "served": served}, indent=2) + "\n")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from bench.demo_model.data import PICTURE_LEVELS, TEXT_LEVELS
 from bench.quality_report import Row, csv_text, markdown, read_csv, verdict
 from bench.quality_store import write_whole
-from bench.quality_tasks import Levels
+from bench.quality_tasks import KV_PARAMETERS, Levels
 from tokenprune.errors import TokenPruneError
 
 TABLE, FIGURES, SUMMARY = "quality.md", "quality.csv", "quality.json"
@@ -27,8 +27,9 @@ def summarize(
     model: str,
     seed: int,
     n: int,
-    pruned_n: int,
+    pruned_n: Sequence[int],
     levels: Levels,
+    subjects: Sequence[str],
     runs: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return what the rows alone do not say."""
@@ -36,7 +37,8 @@ def summarize(
         "model": model,
         "seed": seed,
         "n": n,
-        "pruned_n": pruned_n,
+        "pruned_n": list(pruned_n),
+        "subjects": list(subjects),
         "picture_level": levels.picture,
         "text_level": levels.text,
         "runs": list(runs),
@@ -49,13 +51,18 @@ def facts(summary: Mapping[str, Any]) -> str:
         f"{run['git_sha']}"[:7] + (" with changes" if run.get("git_dirty") else "")
         for run in summary["runs"]
     )
-    few = summary["pruned_n"] < summary["n"]
+    few = " to ".join(str(n) for n in summary["pruned_n"])
     pictures = PICTURE_LEVELS[summary["picture_level"]]
+    kv = ", ".join(f"{key} {value}" for key, value in KV_PARAMETERS.items())
+    about = {
+        "pictures": f"up to {pictures.most} things a picture",
+        "documents": f"documents of up to {TEXT_LEVELS[summary['text_level']].tokens} tokens, "
+        f"KV methods with {kv}",
+    }
     return (
         f"{summary['n']} held-out questions a cell"
-        + (f", {summary['pruned_n']} where pruned" if few else "")
-        + f", greedy answers; up to {pictures.most} things a picture, "
-        f"documents of up to {TEXT_LEVELS[summary['text_level']].tokens} tokens. "
+        + (f", {few} where pruned" if few not in ("", str(summary["n"])) else "")
+        + f", greedy answers; {', '.join(about[s] for s in summary['subjects'])}. "
         f"Model {summary['model'][:12]}, seed {summary['seed']}, commit {', '.join(commits)}. "
         "*tokens*: kept of seen, mean over layers and prompts. *right*: exact matches, with 95 % "
         "Wilson intervals. *HF*: sampled answers that equal those of a transformers loop which "

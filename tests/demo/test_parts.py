@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.demo_readme import tables
+from bench.demo_tables import tables
 from tests.demo.test_quiz import _rows as quiz_rows
 from tests.demo.test_run import AFTER, BEFORE
 from tests.demo.test_run import _rows as speed_rows

@@ -165,7 +165,7 @@ def test_the_buffers_that_graphs_read_stay_where_they_are(
     worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     runner = worker.model_runner
     state = runner.model_state
-    prepare, addresses, lengths = state.prepare_attn, set(), set()
+    prepare, addresses, lengths = state.prepare_attn, set(), []
 
     def watched(batch: Any, mode: Any, tables: Any, slots: Any, *args: Any, **kwargs: Any) -> Any:
         batches = state.step.batches if state.step else [batch] * len(state._groups)
@@ -180,13 +180,13 @@ def test_the_buffers_that_graphs_read_stay_where_they_are(
                 runner._behind_on_device.data_ptr(),
             )
         )
-        lengths.add(tuple(int(g[0]) for g in graphs))
+        lengths.append(int(graphs[0][0]))
         return prepare(batch, mode, tables, slots, *args, **kwargs)
 
     monkeypatch.setattr(state, "prepare_attn", watched)
     engine.ask(Ask(STORY, (), kv("lagkv"), 40), Ask(TEXT, max_tokens=9))
     assert len(addresses) == 1
-    assert len(lengths) > 20
+    assert any(b < a - 1 for a, b in itertools.pairwise(lengths)), "nothing was evicted"
 
 
 # an engine that must cut prompts into chunks and preempt
@@ -212,8 +212,9 @@ def test_an_engine_without_stages_evicts_in_one_group(cramped: Engine) -> None:
 
 
 def test_preempted_requests_end_at_the_same_lengths(cramped: Engine) -> None:
+    half = STORY[: len(STORY) // 2]
     asks = [
-        Ask(STORY, (), pruning, max_tokens=100)
+        Ask(half, (), pruning, max_tokens=100)
         for pruning in (None, kv("lagkv", 0.5, lag=32), kv("streaming", 0.5, lag=32))
     ] * 2
     preempted = count_preemptions(cramped)
@@ -258,13 +259,6 @@ def random_traffic(engine: Engine, count: int, seed: int) -> int:
     return preempted()
 
 
-def test_random_requests_leave_no_block_behind(cramped: Engine) -> None:
-    assert random_traffic(cramped, 60, seed=0) > 0
-    assert cramped.blocks_missing == 0
-    assert not cramped.scheduler._plans
-
-
-@pytest.mark.slow
 def test_two_thousand_random_requests_leave_no_block_behind(cramped: Engine) -> None:
     assert random_traffic(cramped, 2000, seed=1) > 0
     assert cramped.blocks_missing == 0

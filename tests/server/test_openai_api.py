@@ -233,8 +233,11 @@ def test_the_policies_page_matches_the_engine(server: Server) -> None:
         "num_layers": 8,
         "prune_layers": [2, 3, 5],
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
+        "max_model_len": 1024,
         "visual_unsupported": None,
+        "kv_unsupported": None,
     }
+    assert set(listing["policies"]["kv"]) == {"lagkv", "streaming", "random"}
     assert set(listing["policies"]["visual"]) >= {"transprune", "random", "uniform"}
 
 
