@@ -33,7 +33,8 @@ MODELS = {
     "qwen2-7b": (1280, 3584, 28, 4),
     "qwen3-8b": (1280, 4096, 32, 8),
 }
-OPS = ("transition_scores", "instruction_attention")
+OPS = ("transition_scores", "instruction_attention", "lag_scores")
+LAG = 128
 
 
 def make_inputs(op, dtype, n, d, hq, hkv):
@@ -44,6 +45,10 @@ def make_inputs(op, dtype, n, d, hq, hkv):
 
     position = torch.arange(n, device=DEVICE)
     visual = (position >= 16) & (position < n - TEXT_ROWS)
+    if op == "lag_scores":
+        tokens = max(2, n // LAG) * LAG
+        keys, values = normal(hkv, tokens, HEAD_DIM), normal(hkv, tokens, HEAD_DIM)
+        return (keys, values), {"sink": 0, "lag": LAG}
     if op == "transition_scores":
         return (normal(n, d), normal(n, d), visual), {"scope": "all"}
     q, k = normal(hq, TEXT_ROWS, HEAD_DIM), normal(hkv, n, HEAD_DIM)
