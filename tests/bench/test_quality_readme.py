@@ -89,7 +89,7 @@ def test_the_block_fits_eighty_columns_and_names_everything() -> None:
 
 def test_documents_tell_how_kv_methods_were_set() -> None:
     text = block(make_rows("documents"), summary(subjects=["documents"]), "folder")
-    assert "KV methods with sink 16, lag 64." in " ".join(text.split())
+    assert "KV methods with sink 16, lag 128." in " ".join(text.split())
     assert "](folder/quality-kv.png)" in text
     assert "things a picture" not in text
 
