@@ -67,7 +67,7 @@ def test_served_answers_are_those_of_transformers(measured: tuple[Done, Path]) -
     checked = sum(int(row["hf_n"]) for row in rows)
     # float32 against float64 may decide a close call differently, once
     assert checked - 1 <= sum(int(row["hf_same"]) for row in rows)
-    assert checked >= 2 * len(TASKS)
+    assert checked > len(TASKS)
 
 
 def test_a_model_below_its_record_fails(measured: tuple[Done, Path], copied: Path) -> None:
