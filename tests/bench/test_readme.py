@@ -31,8 +31,10 @@ def test_the_readme_shows_the_committed_results(name: str, texts: dict[str, str]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_block_fits_eighty_columns(name: str, texts: dict[str, str]) -> None:
-    assert [line for line in texts[name].splitlines() if len(line) > 80] == []
+def test_tables_fit_eighty_columns(name: str, texts: dict[str, str]) -> None:
+    tables = [line for line in texts[name].splitlines() if line.startswith(("|", " "))]
+    assert tables
+    assert [line for line in tables if len(line) > 80] == []
 
 
 def test_the_text_goes_between_the_marks_and_nowhere_else() -> None:
