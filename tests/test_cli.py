@@ -29,7 +29,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     calls: list[Call] = []
 
     def record(
-        arguments: list[str], prune_layers: list[int] | None, default: str | None, _: object
+        arguments: list[str], prune_layers: list[int] | None, default: str | None, *_: object
     ) -> None:
         calls.append((list(arguments), prune_layers, default))
 

@@ -74,6 +74,10 @@ RULES = [
         ),
     ),
     Rule(
+        "tokenprune/presets.py",
+        only=frozenset({"yaml", "tokenprune.errors", "tokenprune.request"}),
+    ),
+    Rule(
         "tokenprune/triton_cpu",
         only=frozenset({"torch", "triton", "tokenprune.errors", "tokenprune.triton_cpu"}),
     ),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from tokenprune import __version__
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import ConfigurationError, TokenPruneError
+from tokenprune.presets import load_presets
 from tokenprune.request import PRESETS
 
 if TYPE_CHECKING:
@@ -66,6 +68,13 @@ def _check_preset(value: str | None) -> str | None:
     return value
 
 
+def _read_presets(path: Path | None) -> dict[str, Any] | None:
+    try:
+        return None if path is None else load_presets(path)
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error), param_hint="--pruning-presets") from None
+
+
 def _builtin_model() -> DefaultModel:
     from tokenprune.demo import builtin
     from tokenprune.engine.default_model import DefaultModel
@@ -104,16 +113,28 @@ def serve(
             "Default: off.",
         ),
     ] = None,
+    pruning_presets: Annotated[
+        Path | None,
+        typer.Option(
+            "--pruning-presets",
+            "--pruning_presets",
+            metavar="FILE",
+            help="YAML or JSON file of presets by name, e.g. one that tokenprune calibrate wrote; "
+            "requests and --pruning-default may name them.",
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL over the OpenAI API, as vllm serve does, with per-request pruning.
 
     Without MODEL, serve the built-in one: very small, trained on generated pictures and texts.
     """
-    layers, preset = _parse_layers(prune_layers), _check_preset(pruning_default)
+    layers = _parse_layers(prune_layers)
+    presets = _read_presets(pruning_presets)
+    preset = _check_preset(pruning_default)
 
     from tokenprune.engine.launch import serve as run
 
-    run(context.args, layers, preset, _builtin_model)
+    run(context.args, layers, preset, _builtin_model, presets)
 
 
 # the demo reads its own options, `--help` too

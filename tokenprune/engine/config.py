@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import ConfigurationError
 from tokenprune.policies import EngineShape
-from tokenprune.request import Axes, parse_pruning
+from tokenprune.request import Axes, add_presets, parse_pruning
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CONFIG_KEY = "tokenprune"
 MAX_KV_GROUPS = 12
-_SETTINGS = ("prune_layers", "default")
+_SETTINGS = ("presets", "prune_layers", "default")
 _LLAVA = (
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
@@ -40,11 +40,11 @@ class Settings:
 
 
 def settings(vllm_config: VllmConfig) -> Settings:
-    """Read the plugin's settings.
+    """Read the plugin's settings, and make the presets among them known to this process.
 
     Raises:
         ConfigurationError: A key is unknown or a value has the wrong type.
-        PolicyError: The default pruning is not legal.
+        PolicyError: The default pruning or a preset is not legal.
     """
     additional = vllm_config.additional_config
     raw: Any = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
@@ -62,6 +62,8 @@ def settings(vllm_config: VllmConfig) -> Settings:
         isinstance(layers, list) and all(type(layer) is int for layer in layers)
     ):
         raise ConfigurationError(f"prune_layers must be a list of layer numbers, got {layers!r}")
+    # every process that reads requests reads the settings first
+    add_presets(raw.get("presets", {}))
     return Settings(None if layers is None else tuple(layers), parse_pruning(raw.get("default")))
 
 
