@@ -81,7 +81,7 @@ def _builtin_model() -> DefaultModel:
 
     folder = builtin.model_folder()
     typer.echo(
-        f"No model named: serving the built-in {builtin.NAME}; its card is {folder / builtin.CARD}"
+        f"No model named: taking the built-in {builtin.NAME}; its card is {folder / builtin.CARD}"
     )
     return DefaultModel(folder, builtin.serve_flags())
 

@@ -79,18 +79,61 @@ def serve(
         ConfigurationError: The arguments set what only we can set.
         VersionError: vLLM is missing or not a tested version.
     """
-    check_version()
     command = vllm_arguments(arguments, prune_layers, default, presets)
+    sys.argv = ["vllm", "serve", *_prepare(command, arguments, default_model)]
+    _run_serve()
+
+
+def start_offline(
+    arguments: Sequence[str],
+    prune_layers: Sequence[int] | None = None,
+    default_model: Callable[[], DefaultModel] | None = None,
+) -> Any:
+    """Start the pruning engine in this process and return vLLM's `LLM`.
+
+    Requests are batched alike in each run, which a core in a process of its own does not promise:
+    it begins with the first request while the others are still on their way.
+
+    Args:
+        arguments: Arguments of `vllm serve`; those that concern its HTTP server do nothing.
+        prune_layers: As in `engine_arguments`.
+        default_model: As in `serve`.
+
+    Raises:
+        ConfigurationError: The arguments set what only we can set.
+        VersionError: vLLM is missing or not a tested version.
+    """
+    # vLLM reads them when it is imported
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    command = _prepare(vllm_arguments(arguments, prune_layers), arguments, default_model)
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsed = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(command)
+    if parsed.model_tag is not None:
+        parsed.model = parsed.model_tag
+    return LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
+
+
+def _prepare(
+    command: list[str],
+    arguments: Sequence[str],
+    default_model: Callable[[], DefaultModel] | None,
+) -> list[str]:
+    """Make this process ready for vLLM, and return its command with the model it lacks."""
+    check_version()
     if _is_cpu_build():
         from tokenprune import triton_cpu
 
         triton_cpu.activate()
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
     from_file = _config_file(arguments)
-    if default_model is not None and not names_model(arguments, from_file):
-        command = [*default_model().before(arguments, from_file), *command]
-    sys.argv = ["vllm", "serve", *command]
-    _run_serve()
+    if default_model is None or names_model(arguments, from_file):
+        return command
+    return [*default_model().before(arguments, from_file), *command]
 
 
 def vllm_arguments(
