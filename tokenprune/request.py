@@ -262,7 +262,8 @@ class RequestPlan:
     @property
     def needs_whole_prompt(self) -> bool:
         """True when the prompt must be prefilled in one step."""
-        return self.visual is not None and self.visual.ranks is None
+        visual = self.visual
+        return visual is not None and visual.ranks is None and not visual.images
 
 
 def make_plan(
