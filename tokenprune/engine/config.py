@@ -22,6 +22,8 @@ _LLAVA = (
     "LlavaOnevisionForConditionalGeneration",
 )
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+# vision towers that can be scored, and the features that leave out their class token
+_TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 _BIASED_BY_DISTANCE = ("baichuan", "bloom", "falcon", "jais", "mpt")
 _PLAIN_CACHE = ("auto", "bfloat16", "float16", "float32", "half")
 
@@ -93,6 +95,7 @@ def engine_shape(vllm_config: VllmConfig) -> EngineShape:
         unsupported,
         kv_unsupported=kv_eviction_unsupported(vllm_config),
         max_model_len=vllm_config.model_config.max_model_len,
+        importance_unsupported=unsupported or importance_unsupported(vllm_config),
     )
 
 
@@ -114,6 +117,29 @@ def visual_pruning_unsupported(vllm_config: VllmConfig) -> str | None:
         return "LoRA adapters are enabled, which map rows to adapters once per step"
     if model.is_mm_prefix_lm:
         return "image tokens attend in both directions"
+    return None
+
+
+def importance_unsupported(vllm_config: VllmConfig) -> str | None:
+    """Return why the patches of images cannot be scored in the vision tower, or None."""
+    config = vllm_config.model_config.hf_config
+    options = vllm_config.model_config.multimodal_config
+    tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+    if tower not in _TOWERS:
+        return f"vision tower type {tower!r} is not among {', '.join(_TOWERS)}"
+    if strategy != _TOWERS[tower]:
+        return (
+            f"the vision tower's features are selected by {strategy!r} instead of "
+            f"{_TOWERS[tower]!r}"
+        )
+    if not isinstance(config.vision_feature_layer, int):
+        return "features are taken from several layers of the vision tower"
+    if vllm_config.ec_transfer_config is not None:
+        return "images are encoded in another engine (EC connector)"
+    if options.enable_mm_embeds:
+        return "images may arrive as embeddings (--enable-mm-embeds)"
+    if options.mm_encoder_tp_mode == "data":
+        return "images are spread over the ranks (--mm-encoder-tp-mode data)"
     return None
 
 

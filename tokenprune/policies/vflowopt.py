@@ -127,10 +127,10 @@ class VFlowOpt(VisualPolicy):
         """
         layers = (0, *self.snapped(engine, self.prune_layers, self.published_layers))
         if self.stages is not None:
-            shares = accumulate(self.stages, mul)
+            shares = list(accumulate(self.stages, mul))
         else:
             sizes = [end - start for start, end in pairwise((*layers, engine.num_layers))]
-            shares = iter(spread(self.keep_ratio, sizes))
+            shares = spread(self.keep_ratio, sizes)
         # where both later cuts snap to one boundary the deeper one holds
         return tuple(dict(zip(layers, shares, strict=True)).items())
 
