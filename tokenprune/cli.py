@@ -137,6 +137,89 @@ def serve(
     run(context.args, layers, preset, _builtin_model, presets)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[MODEL] [OPTIONS]",
+    epilog="All other arguments go to vLLM as they are; see: vllm serve --help",
+)
+def calibrate(
+    context: typer.Context,
+    images: Annotated[
+        Path,
+        typer.Option("--images", metavar="DIR", help="Folder of pictures.", show_default=False),
+    ],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="A prompt a line, asked about the pictures in turn; or, if it ends in .jsonl, "
+            'lines like {"image": "a.png", "prompt": "..."}.',
+            show_default=False,
+        ),
+    ],
+    keep_ratio: Annotated[
+        float,
+        typer.Option(
+            "--keep-ratio",
+            metavar="RATIO",
+            help="Share of the visual tokens to hold, mean over layers, in (0, 1).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="YAML file of presets to write; the trials and a picture of them lie beside it.",
+            show_default=False,
+        ),
+    ],
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Prompts to draw at random.")
+    ] = 30,
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, help="Points to try, the default included.")
+    ] = 50,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draw and the search.")] = 0,
+    prune_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--prune-layers",
+            "--prune_layers",
+            metavar="LAYERS",
+            help="As in tokenprune serve, which must be given the same.",
+        ),
+    ] = None,
+) -> None:
+    """Find vflowopt's parameters for MODEL: the hidden states of pruned prompts stay the closest.
+
+    Needs no labels, and the extra tokenprune[calibrate]. An interrupted search goes on where it
+    stopped. Without MODEL, calibrate the built-in one.
+    """
+    layers = _parse_layers(prune_layers)
+    if not 0 < keep_ratio < 1:
+        raise typer.BadParameter(
+            f"must be in (0, 1), got {keep_ratio:g}", param_hint="--keep-ratio"
+        )
+
+    from tokenprune.calibration.run import EngineProbe, Options
+    from tokenprune.calibration.run import calibrate as run
+
+    def open_probe(asked: list[tuple[list[Any], str]]) -> EngineProbe:
+        from tokenprune.engine.launch import start_offline
+
+        llm = start_offline(context.args, layers, _builtin_model)
+        from tokenprune.engine.last_hidden import LastHiddenProbe
+
+        return LastHiddenProbe(llm, asked)
+
+    options = Options(images, prompts, keep_ratio, output, samples, trials, seed)
+    run(options, open_probe, Console())
+
+
 # the demo reads its own options, `--help` too
 @app.command(
     context_settings={

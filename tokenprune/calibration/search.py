@@ -57,7 +57,8 @@ def check_installed() -> None:
             importlib.import_module(library)
         except ImportError:
             raise InstallationError(
-                f'{library} must be installed to calibrate, got none; install "tokenprune[calibrate]"'
+                f"{library} must be installed to calibrate, got none; "
+                'install "tokenprune[calibrate]"'
             ) from None
 
 

@@ -120,6 +120,18 @@ class LastHiddenProbe:
         llm.collective_rpc("tokenprune_record_last_hidden")
 
     @property
+    def model(self) -> dict[str, Any]:
+        """What names the model and how it is run, as plain data."""
+        model = self._config.model_config
+        return {
+            "model": model.model,
+            "revision": model.revision,
+            "dtype": str(model.dtype),
+            "quantization": model.quantization,
+            "prune_layers": list(self.engine.prune_layers),
+        }
+
+    @property
     def patch_grid(self) -> int:
         """Side of the vision tower's square grid of patches."""
         vision = self._config.model_config.hf_config.vision_config
