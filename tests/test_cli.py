@@ -118,6 +118,19 @@ def test_our_own_errors_are_one_line_with_status_2(
     assert "their.Worker" in error
 
 
+def test_an_error_may_hold_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigurationError('install "tokenprune[cpu]"')
+
+    monkeypatch.setattr(launch, "serve", refuse)
+    monkeypatch.setattr("sys.argv", ["tokenprune", "serve", "m"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == 'Error: install "tokenprune[cpu]"\n'
+
+
 def test_vllm_gets_our_classes_and_settings() -> None:
     assert vllm_arguments(["m", "--port", "1"], [8, 12], "safe") == [
         *("m", "--port", "1"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tokenprune import __version__
 from tokenprune.errors import ConfigurationError, TokenPruneError
@@ -196,8 +197,9 @@ def calibrate(
 ) -> None:
     """Find vflowopt's parameters for MODEL: the hidden states of pruned prompts stay the closest.
 
-    Needs no labels, and the extra tokenprune[calibrate]. An interrupted search goes on where it
-    stopped. Without MODEL, calibrate the built-in one.
+    Needs no labels. Without MODEL, calibrate the built-in one.
+
+    Started again with the same arguments, an interrupted search goes on.
     """
     layers = _parse_layers(prune_layers)
     if not 0 < keep_ratio < 1:
@@ -240,7 +242,8 @@ def main() -> None:
     try:
         app()
     except TokenPruneError as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True)
+        text = f"[red]Error:[/red] {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 

@@ -76,7 +76,7 @@ def options(tmp_path):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(images / f"{i}.png")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one?\ntwo?\n")
-    return Options(images, prompts, 0.25, tmp_path / "policy.yaml", 4, 14, 0)
+    return Options(images, prompts, 0.25, tmp_path / "policy.yaml", 4, 8, 0)
 
 
 def run(options, **probe):

@@ -116,7 +116,7 @@ def calibrate(
         )
     samples = draw_samples(options.images, options.prompts, options.num_samples, options.seed)
     opened = open_all(samples)
-    console.print(f"{len(samples)} samples{_shortage(options, samples)}. Starting the engine ...")
+    _say(console, f"{len(samples)} samples{_shortage(options, samples)}. Starting the engine ...")
     probe = open_probe(opened)
     space = make_space(probe.engine, probe.patch_grid, options.keep_ratio)
     with _progress(console) as progress:
@@ -185,13 +185,20 @@ and in a request: "pruning": "{found.name}", or the object below as it stands"""
 
 def _report(options: Options, found: Calibration, console: Console) -> None:
     start, best = found.start, found.best
-    console.print(
+    _say(
+        console,
         f"Mean cosine of the last hidden state, pruned against full: {start.score:.4f} with the "
         f"default parameters, {best.score:.4f} with those of trial {best.number}"
         f"{'; no trial is better than the default' if best.number == 0 else ''}. "
-        f"Visual tokens held: {found.kept_share:.4f} of all, mean over layers and samples."
+        f"Visual tokens held: {found.kept_share:.4f} of all, mean over layers and samples.",
     )
-    console.print(
+    _say(
+        console,
         f"Preset {found.name} is in {options.output}, the search in {options.picture} and "
-        f"{options.trials}. Serve with --pruning-presets {options.output}."
+        f"{options.trials}. Serve with --pruning-presets {options.output}.",
     )
+
+
+def _say(console: Console, text: str) -> None:
+    # a path may look like markup
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,7 +88,8 @@ def search(
     import optuna
     from optuna.trial import TrialState, create_trial
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # its warnings are about its own speed
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _open(storage, _name(space, identity, seed))
     distributions: dict[str, BaseDistribution] = {
         name: optuna.distributions.FloatDistribution(low, high)
@@ -149,8 +149,6 @@ def _open(storage: Path, name: str) -> Study:
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
-    # the storage says at each start that it is experimental or that a study exists
-    logging.getLogger("optuna").setLevel(logging.WARNING)
     try:
         # optuna takes a last line that is no record for one that is still being written
         if storage.exists() and (text := storage.read_bytes()):
