@@ -5,40 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.recycling import recycled
 from tokenprune.kernels import recycle, recycle_reference
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
-
-
-def written_out(features, importance, grids, keep, cell):
-    """Recycle by the words of the paper, in Python numbers: as many low tokens as make `keep`."""
-    n, where = len(importance), []
-    for number, (tokens, width) in enumerate(grids):
-        where += [
-            (number, math.floor(i // width / cell), math.floor(i % width / cell))
-            for i in range(tokens)
-        ]
-    order = sorted(range(n), key=lambda i: (-importance[i], i))
-    stay = sum(math.isinf(x) for x in importance)
-    for num_high in range(n, stay - 1, -1):
-        low = sorted(order[num_high:])
-        cells = {}
-        for i in low:
-            cells.setdefault(where[i], []).append(i)
-        if num_high + len(cells) <= keep or num_high == stay:
-            break
-    out = {i: list(features[i]) for i in order[:num_high]}
-    for members in cells.values():
-        slot = min(members, key=lambda i: (-importance[i], i))
-        weights = [max(importance[i], 0) for i in members]
-        if sum(weights) == 0:
-            weights = [1.0] * len(members)
-        out[slot] = [
-            sum(w * features[i][c] for w, i in zip(weights, members, strict=True)) / sum(weights)
-            for c in range(len(features[0]))
-        ]
-    kept = sorted(sorted(out, key=lambda i: (-importance[i], i))[:keep])
-    return kept, [out[i] for i in kept]
 
 
 @st.composite
@@ -61,7 +31,7 @@ def test_reference_follows_the_words(case):
     kept, folded = recycle_reference(
         features, torch.tensor(importance, dtype=torch.float64), grids, keep, cell
     )
-    expected_kept, expected = written_out(features.tolist(), importance, grids, keep, cell)
+    expected_kept, expected = recycled(features.tolist(), importance, grids, keep, cell)
     assert kept.tolist() == expected_kept
     assert len(kept) == keep
     torch.testing.assert_close(
