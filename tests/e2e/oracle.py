@@ -23,6 +23,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.recycling import recycled
 
+# an image, or the frames of a video as `[frames, height, width, 3]`
+Picture = Image.Image | np.ndarray
+
 
 @dataclass
 class FromImages:
@@ -151,12 +154,13 @@ class Oracle:
         ).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.image_processor = self.processor.image_processor
+        self.video_processor = getattr(self.processor, "video_processor", None)
         self.decoder = self.model.model.language_model
 
     @torch.inference_mode()
-    def embed(self, prompt: str, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+    def embed(self, prompt: str, images: list[Picture]) -> tuple[Tensor, Tensor]:
         """Return input embeddings `[n, C]` and the bool mask of visual rows `[n]`."""
-        inputs = self.processor(text=prompt, images=images or None, return_tensors="pt")
+        inputs = self._inputs(prompt, images)
         for key, value in inputs.items():
             if value.is_floating_point():
                 inputs[key] = value.double()
@@ -173,14 +177,26 @@ class Oracle:
             pass
         finally:
             handle.remove()
-        visual = inputs["input_ids"][0] == self.model.config.image_token_id
+        config, ids = self.model.config, inputs["input_ids"][0]
+        visual = ids == config.image_token_id
+        if hasattr(config, "video_token_id"):
+            visual |= ids == config.video_token_id
         return captured["inputs_embeds"][0], visual
+
+    def _inputs(self, prompt: str, images: list[Picture]) -> Any:
+        kinds = {
+            "images": [x for x in images if isinstance(x, Image.Image)],
+            "videos": [x for x in images if not isinstance(x, Image.Image)],
+        }
+        return self.processor(
+            text=prompt, return_tensors="pt", **{k: v for k, v in kinds.items() if v}
+        )
 
     @torch.inference_mode()
     def run(
         self,
         prompt: str,
-        images: list[Image.Image],
+        images: list[Picture],
         generated: list[int],
         pruned: Pruned | None = None,
         evicted: Evicted | None = None,
@@ -223,7 +239,7 @@ class Oracle:
         return trace
 
     def _choose_from(
-        self, images: list[Image.Image], hidden: Tensor, visual: Tensor, how: FromImages
+        self, images: list[Picture], hidden: Tensor, visual: Tensor, how: FromImages
     ) -> tuple[Tensor, dict[int, list[int]]]:
         """Return the rows with what was folded into them, and the ranks kept at each layer."""
         hidden, done = hidden.clone(), 0
@@ -231,9 +247,12 @@ class Oracle:
         for picture, kept in zip(images, how.kept, strict=True):
             importance, grids = self.importance(picture, how.threshold, how.alpha)
             rows = visual.nonzero()[done : done + len(importance), 0]
-            cell = grids[0][1] / 2 if how.cell is None else how.cell
-            left, folded = recycled(hidden[rows].tolist(), importance, grids, kept[0], cell)
-            hidden[rows[left]] = hidden.new_tensor(folded)
+            if isinstance(picture, Image.Image):
+                cell = grids[0][1] / 2 if how.cell is None else how.cell
+                left, folded = recycled(hidden[rows].tolist(), importance, grids, kept[0], cell)
+                hidden[rows[left]] = hidden.new_tensor(folded)
+            else:
+                left = list(range(len(rows)))
             for layer in sorted(kept):
                 left = sorted(sorted(left, key=lambda i: (-importance[i], i))[: kept[layer]])
                 ranks[layer] += [done + i for i in left]
@@ -242,16 +261,19 @@ class Oracle:
 
     @torch.inference_mode()
     def importance(
-        self, picture: Image.Image, threshold: float, alpha: float
+        self, picture: Picture, threshold: float, alpha: float
     ) -> tuple[list[float], list[tuple[int, int]]]:
         """Return the importance of an image's tokens, infinite for line breaks, and the grids."""
         model, config = self.model.model, self.model.config
-        inputs = self.processor(text="<image>", images=[picture], return_tensors="pt")
-        raw = self.image_processor(
-            [picture], do_normalize=False, do_rescale=False, return_tensors="pt"
-        )
-        crops = inputs["pixel_values"].flatten(0, -4).double()
-        pixels = raw["pixel_values"].flatten(0, -4).round().to(torch.uint8).numpy()
+        if isinstance(picture, Image.Image):
+            inputs, name = self._inputs("<image>", [picture]), "pixel_values"
+            process = self.image_processor
+        else:
+            inputs, name = self._inputs("<video>", [picture]), "pixel_values_videos"
+            process = self.video_processor
+        raw = process([picture], do_normalize=False, do_rescale=False, return_tensors="pt")
+        crops = inputs[name].flatten(0, -4).double()
+        pixels = raw[name].flatten(0, -4).round().to(torch.uint8).numpy()
         attention = model.vision_tower.encoder.layers[config.vision_feature_layer].self_attn
         seen: dict[str, Tensor] = {}
         hooks = [
@@ -272,6 +294,9 @@ class Oracle:
             keys = probs.sum(dim=0) > threshold
             score = probs[keys].sum(dim=0) if keys.any() else probs.mean(dim=0)
             maps.append(score + alpha * _entropy(crop, patch, side).softmax(0))
+        if name == "pixel_values_videos":
+            pooled = model.apply_pooling(torch.stack(maps)[..., None]).flatten()
+            return [*pooled.tolist(), math.inf], []
         if "image_sizes" not in inputs:
             return maps[0].tolist(), [(side**2, side)]
         # transformers lays out the map as if it were the features
@@ -292,7 +317,7 @@ class Oracle:
         return importance, [(side**2, side), (len(rest), rest.index(math.inf) + 1)]
 
     def _run_chunks(
-        self, prompt: str, images: list[Image.Image], generated: list[int], evicted: Evicted
+        self, prompt: str, images: list[Picture], generated: list[int], evicted: Evicted
     ) -> Trace:
         assert evicted.chunks is not None
         embeds, _ = self.embed(prompt, images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,17 @@ class Engine:
 
     def ask(self, *asks: Ask) -> list[Answer]:
         """Run requests together and return their answers in order."""
+        return self._ask([_prompt(a) for a in asks], asks)
+
+    def ask_with(self, ask: Ask, data: dict[str, Any]) -> list[Answer]:
+        """Run a request with other data than its images."""
+        return self._ask([{"prompt": ask.prompt, "multi_modal_data": data}], [ask])
+
+    def _ask(self, prompts: list[Any], asks: Sequence[Ask]) -> list[Answer]:
         from vllm import SamplingParams
 
         outputs = self.llm.generate(
-            [_prompt(a) for a in asks],
+            prompts,
             [
                 SamplingParams(
                     temperature=0,

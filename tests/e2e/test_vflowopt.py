@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,8 +47,10 @@ def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any
     return keys
 
 
-def assert_like_oracle(oracle: Oracle, ask: Ask, answer: Answer) -> dict[int, list[int]]:
-    images = [image(s) for s in ask.images]
+def assert_like_oracle(
+    oracle: Oracle, ask: Ask, answer: Answer, pictures: list[Any] | None = None
+) -> dict[int, list[int]]:
+    images = pictures or [image(s) for s in ask.images]
     pruned = None
     if ask.pruning:
         _, rows = oracle.embed(ask.prompt, images)
@@ -197,8 +200,8 @@ def cramped(checkpoint: Path) -> Iterator[Engine]:
     engine = Engine(
         checkpoint,
         max_num_batched_tokens=CHUNK,
-        max_model_len=700,
-        num_gpu_blocks_override=150,
+        max_model_len=512,
+        num_gpu_blocks_override=140,
         max_num_seqs=6,
     )
     yield engine
@@ -292,6 +295,23 @@ def test_maps_go_when_their_image_leaves_the_encoder_cache(cramped: Engine) -> N
     assert set(cache.maps) <= set(cache.encoder_outputs)
     (again,) = cramped.ask(ask)
     assert again.agrees_with(first, ROUNDING)
+
+
+def test_the_frames_of_a_video_equal_their_oracle(tmp_path: Path) -> None:
+    path = Path(build_checkpoint(tmp_path / "model", architecture="llava_onevision"))
+    oracle = Oracle(path)
+    engine = Engine(path, limit_mm_per_prompt={"image": 1, "video": 1})
+    film = np.stack([np.asarray(image(seed)) for seed in (1, 2, 1, 3)])
+    prompt = "USER: <video>\nWhat happens, and is it in <image>\n?\nASSISTANT:"
+    try:
+        for pruning in (None, vflowopt(0.3, threshold=1.5), vflowopt(0.2, alpha=1.5)):
+            ask = Ask(prompt, (), pruning)
+            data = {"video": [film], "image": [image(5)]}
+            (answer,) = engine.ask_with(ask, data)
+            assert_like_oracle(oracle, ask, answer, [film, image(5)])
+        assert engine.blocks_missing == 0
+    finally:
+        engine.close()
 
 
 FAMILIES = [
