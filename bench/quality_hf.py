@@ -127,15 +127,6 @@ class Checker:
             raise TokenPruneError(f"the HF check must know {cell.axis} pruning; pass --hf 0")
         _, rows = self._oracle.embed(prompt, pictures)
         try:
-            plan = policy.plan(layout_of(rows), self._shape)
+            return Pruned.like(policy, layout_of(rows), self._shape)
         except PlanSkipped as skipped:
             raise TokenPruneError(f"the plan must apply, was skipped: {skipped}") from None
-        starts = self._shape.boundaries
-        ranks = None if plan.ranks is None else [list(stage) for stage in plan.ranks]
-        return Pruned(
-            cuts=dict(zip(starts, plan.kept, strict=True)),
-            ranks=None if ranks is None else dict(zip(starts, ranks, strict=True)),
-            observed=policy.observed_layers(self._shape),
-            form=getattr(policy, "form", "code"),
-            alpha=getattr(policy, "alpha", 0.5),
-        )

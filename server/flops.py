@@ -7,9 +7,9 @@ gated MLP of width `I`, in multiply-accumulates (MACs):
     attention    2 p HQ D        p = n (n + 1) / 2 causal pairs, scores and values
     MLP          3 n C I
 
-One MAC is two FLOPs. `causal=False` counts `p = n^2`, as published tables do. Not counted, since
-pruning leaves it as it is: the vision tower, embeddings, norms, and the output head. Prefix cache
-hits are not credited: pruned requests have none.
+One MAC is two FLOPs. `causal=False` counts `p = n^2`, as published tables do. Not counted: what
+pruning leaves as it is (the vision tower, embeddings, norms, and the output head), and scores that
+are made in the vision tower. Prefix cache hits are not credited: pruned requests have none.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def prefill_flops(
     tokens = lengths.all_entered(prompt.num_tokens)
     spent = prefill_macs(model, zip(engine.stage_sizes(), tokens, strict=True))
     policy = plan.pruning.policy("visual")
-    if visual is not None and visual.ranks is None and isinstance(policy, VisualPolicy):
+    if visual is not None and plan.needs_whole_prompt and isinstance(policy, VisualPolicy):
         ends = (*engine.prune_layers, engine.num_layers)
 
         def tokens_at(layer: int) -> int:

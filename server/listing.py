@@ -23,6 +23,7 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
             "max_num_batched_tokens": engine.max_num_batched_tokens,
             "visual_unsupported": engine.unsupported,
             "kv_unsupported": engine.kv_unsupported,
+            "importance_unsupported": engine.importance_unsupported,
             "max_model_len": engine.max_model_len,
         },
     }
@@ -31,6 +32,7 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
 def _describe(cls: Any) -> dict[str, Any]:
     return {
         "needs_whole_prompt": getattr(cls, "needs_whole_prompt", False),
+        "chooses_per_image": getattr(cls, "chooses_per_image", False),
         "defaults": {
             name: field.default for name, field in cls.model_fields.items() if name != "method"
         },

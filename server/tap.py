@@ -110,8 +110,22 @@ def plan_explicit(
             f"pruning.visual must be left out with this model: {engine.unsupported}",
             "pruning.visual",
         )
+    method = policy.model_dump()["method"] if (policy := pruning.policy("visual")) else None
+    if reason == "importance_unsupported":
+        raise PolicyError(
+            f"pruning.visual.method must be another than {method} with this server: "
+            f"{engine.importance_unsupported}",
+            "pruning.visual.method",
+        )
+    if reason == "image_exceeds_batch":
+        longest = max(end - start for start, end in layout.visual_spans)
+        raise PolicyError(
+            f"an image must have at most {engine.max_num_batched_tokens} tokens for "
+            f"pruning.visual.method {method}, which takes it in one step, got {longest}; raise "
+            "--max-num-batched-tokens or use another method",
+            "pruning.visual.method",
+        )
     if reason == "prompt_exceeds_batch":
-        method = pruning.policy("visual").model_dump()["method"]  # type: ignore[union-attr]
         raise PolicyError(
             f"the prompt must have at most {engine.max_num_batched_tokens} tokens for "
             f"pruning.visual.method {method}, which scores it in one step, got "

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape, KVPolicy
+from tokenprune.policies import EngineShape, KVPolicy, VisualPolicy
 from tokenprune.request import AXES, Axes, RequestPlan
 
 HEADER = "x-tokenprune-applied"
@@ -122,10 +122,14 @@ def header_value(record: RequestRecord) -> str:
         if method is None:
             continue
         part = f"{axis}={method}"
-        if axis == "visual" and (cuts := record.cuts()):
-            layers = ",".join(str(layer) for layer, _ in cuts)
-            part += f";keep_ratio={cuts[-1][1]:g};layers={layers}"
         policy = record.pruning.policy(axis)
+        if isinstance(policy, VisualPolicy) and (cuts := record.cuts()):
+            if policy.chooses_per_image:
+                # its `keep_ratio` is a mean over layers, so each cut says its own share
+                part += f";keep_ratios={','.join(f'{share:.3g}' for _, share in cuts)}"
+            else:
+                part += f";keep_ratio={cuts[-1][1]:g}"
+            part += f";layers={','.join(str(layer) for layer, _ in cuts)}"
         if isinstance(policy, KVPolicy):
             budget = policy.budget_tokens
             share = f"keep_ratio={policy.keep_ratio:g}"

@@ -29,7 +29,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     calls: list[Call] = []
 
     def record(
-        arguments: list[str], prune_layers: list[int] | None, default: str | None, _: object
+        arguments: list[str], prune_layers: list[int] | None, default: str | None, *_: object
     ) -> None:
         calls.append((list(arguments), prune_layers, default))
 
@@ -116,6 +116,19 @@ def test_our_own_errors_are_one_line_with_status_2(
     error = capsys.readouterr().err
     assert error.startswith("Error: --worker-cls must be left to tokenprune")
     assert "their.Worker" in error
+
+
+def test_an_error_may_hold_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigurationError('install "tokenprune[cpu]"')
+
+    monkeypatch.setattr(launch, "serve", refuse)
+    monkeypatch.setattr("sys.argv", ["tokenprune", "serve", "m"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == 'Error: install "tokenprune[cpu]"\n'
 
 
 def test_vllm_gets_our_classes_and_settings() -> None:

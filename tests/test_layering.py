@@ -74,12 +74,34 @@ RULES = [
         ),
     ),
     Rule(
+        "tokenprune/presets.py",
+        only=frozenset({"yaml", "tokenprune.errors", "tokenprune.request"}),
+    ),
+    Rule(
         "tokenprune/triton_cpu",
         only=frozenset({"torch", "triton", "tokenprune.errors", "tokenprune.triton_cpu"}),
     ),
-    Rule("tokenprune/engine", never=HTTP_ROOMS | {"fastapi", "starlette", "tokenprune.demo"}),
-    Rule("tokenprune/demo", never=HEAVY | HTTP_ROOMS | {"tokenprune.engine"}),
-    Rule("server", never=frozenset({"torch", "triton", "tokenprune.kernels", "tokenprune.demo"})),
+    Rule(
+        "tokenprune/engine",
+        never=HTTP_ROOMS | {"fastapi", "starlette", "tokenprune.calibration", "tokenprune.demo"},
+    ),
+    Rule(
+        "tokenprune/calibration",
+        never=HEAVY | HTTP_ROOMS | {"torch", "tokenprune.demo", "tokenprune.engine"},
+    ),
+    Rule(
+        "tokenprune/demo",
+        never=HEAVY | HTTP_ROOMS | {"tokenprune.calibration", "tokenprune.engine"},
+    ),
+    Rule(
+        "server",
+        never=frozenset(
+            {
+                *("torch", "triton"),
+                *("tokenprune.calibration", "tokenprune.demo", "tokenprune.kernels"),
+            }
+        ),
+    ),
 ]
 
 

@@ -30,6 +30,10 @@ def visual(**parameters):
     return {"visual": {"method": "uniform", **parameters}}
 
 
+def vflowopt(**parameters):
+    return {"visual": {"method": "vflowopt", **parameters}}
+
+
 # legal values
 
 ratios = st.floats(0, 1, exclude_min=True) | st.just(1)
@@ -38,6 +42,8 @@ ratios = st.floats(0, 1, exclude_min=True) | st.just(1)
 @st.composite
 def legal(draw):
     method = draw(st.sampled_from(METHODS))
+    if method == "vflowopt":
+        return {"visual": draw(legal_vflowopt())}
     asked = {"method": method}
     layers = draw(st.none() | st.sets(st.integers(0, 99), min_size=1, max_size=4).map(sorted))
     if layers is not None:
@@ -56,6 +62,17 @@ def legal(draw):
         if draw(st.booleans()):
             asked[key] = draw(values)
     return {"visual": asked}
+
+
+def legal_vflowopt():
+    optional = {
+        "stages": st.lists(ratios, min_size=3, max_size=3),
+        "prune_layers": st.sets(st.integers(1, 99), min_size=2, max_size=2).map(sorted),
+        "threshold": st.floats(0, 100),
+        "cell": st.floats(0.1, 50) | st.integers(1, 50),
+        "alpha": st.floats(-2, 2),
+    }
+    return st.fixed_dictionaries({"method": st.just("vflowopt")}, optional=optional)
 
 
 @PROPERTY
@@ -247,6 +264,45 @@ def test_keep_ratio_outside_its_interval_or_of_another_type(method, ratio):
             id="bool-among-ratios",
         ),
         pytest.param(visual(keep_ratios=[]), "pruning.visual.keep_ratios", "at least 1", id="none"),
+        pytest.param(
+            vflowopt(stages=[0.5, 0.5]),
+            "pruning.visual.stages",
+            r"must be three shares in \(0, 1\], got \[0.5, 0.5\]",
+            id="two-stages",
+        ),
+        pytest.param(
+            vflowopt(stages=[0.5, 0.5, 0]),
+            "pruning.visual.stages",
+            r"must be three shares in \(0, 1\]",
+            id="empty-stage",
+        ),
+        pytest.param(
+            vflowopt(stages=[0.5, 0.5, 0.5], keep_ratio=0.5),
+            "pruning.visual.stages",
+            "stages and keep_ratio exclude each other",
+            id="stages-and-ratio",
+        ),
+        pytest.param(
+            vflowopt(prune_layers=[0, 8]),
+            "pruning.visual.prune_layers",
+            r"two layers behind the first, got \[0, 8\]",
+            id="first-layer-twice",
+        ),
+        pytest.param(
+            vflowopt(prune_layers=[8]),
+            "pruning.visual.prune_layers",
+            "two layers behind the first",
+            id="one-later-cut",
+        ),
+        pytest.param(
+            vflowopt(cell=0), "pruning.visual.cell", "greater than 0, got 0", id="no-cell"
+        ),
+        pytest.param(
+            vflowopt(threshold=-1),
+            "pruning.visual.threshold",
+            r"a number in \[0, inf\), got -1",
+            id="negative-threshold",
+        ),
         pytest.param(visual(keep_ratios=0.5), "pruning.visual.keep_ratios", "list", id="no-list"),
         pytest.param(
             visual(prune_layers=[12, 8]), "pruning.visual.prune_layers", "ascend", id="unsorted"
@@ -429,7 +485,7 @@ def test_a_plan_carries_the_lengths_of_its_axis(method):
     plan = make_plan(asked, PROMPT, ENGINE)
     assert plan.pruning is asked
     assert not plan.skipped
-    assert plan.visual.kept[-1] == 144
+    assert plan.visual.kept[-1] == 131 if method == "vflowopt" else 144
     assert plan.lengths is plan.visual.lengths
     assert plan.needs_whole_prompt == policies("visual")[method].needs_whole_prompt
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tokenprune import __version__
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import ConfigurationError, TokenPruneError
+from tokenprune.presets import load_presets
 from tokenprune.request import PRESETS
 
 if TYPE_CHECKING:
@@ -66,13 +69,20 @@ def _check_preset(value: str | None) -> str | None:
     return value
 
 
+def _read_presets(path: Path | None) -> dict[str, Any] | None:
+    try:
+        return None if path is None else load_presets(path)
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error), param_hint="--pruning-presets") from None
+
+
 def _builtin_model() -> DefaultModel:
     from tokenprune.demo import builtin
     from tokenprune.engine.default_model import DefaultModel
 
     folder = builtin.model_folder()
     typer.echo(
-        f"No model named: serving the built-in {builtin.NAME}; its card is {folder / builtin.CARD}"
+        f"No model named: taking the built-in {builtin.NAME}; its card is {folder / builtin.CARD}"
     )
     return DefaultModel(folder, builtin.serve_flags())
 
@@ -104,16 +114,112 @@ def serve(
             "Default: off.",
         ),
     ] = None,
+    pruning_presets: Annotated[
+        Path | None,
+        typer.Option(
+            "--pruning-presets",
+            "--pruning_presets",
+            metavar="FILE",
+            help="YAML or JSON file of presets by name, e.g. one that tokenprune calibrate wrote; "
+            "requests and --pruning-default may name them.",
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL over the OpenAI API, as vllm serve does, with per-request pruning.
 
     Without MODEL, serve the built-in one: very small, trained on generated pictures and texts.
     """
-    layers, preset = _parse_layers(prune_layers), _check_preset(pruning_default)
+    layers = _parse_layers(prune_layers)
+    presets = _read_presets(pruning_presets)
+    preset = _check_preset(pruning_default)
 
     from tokenprune.engine.launch import serve as run
 
-    run(context.args, layers, preset, _builtin_model)
+    run(context.args, layers, preset, _builtin_model, presets)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[MODEL] [OPTIONS]",
+    epilog="All other arguments go to vLLM as they are; see: vllm serve --help",
+)
+def calibrate(
+    context: typer.Context,
+    images: Annotated[
+        Path,
+        typer.Option("--images", metavar="DIR", help="Folder of pictures.", show_default=False),
+    ],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="A prompt a line, asked about the pictures in turn; or, if it ends in .jsonl, "
+            'lines like {"image": "a.png", "prompt": "..."}.',
+            show_default=False,
+        ),
+    ],
+    keep_ratio: Annotated[
+        float,
+        typer.Option(
+            "--keep-ratio",
+            metavar="RATIO",
+            help="Share of the visual tokens to hold, mean over layers, in (0, 1).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="YAML file of presets to write; the trials and a picture of them lie beside it.",
+            show_default=False,
+        ),
+    ],
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Prompts to draw at random.")
+    ] = 30,
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, help="Points to try, the default included.")
+    ] = 50,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draw and the search.")] = 0,
+    prune_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--prune-layers",
+            "--prune_layers",
+            metavar="LAYERS",
+            help="As in tokenprune serve, which must be given the same.",
+        ),
+    ] = None,
+) -> None:
+    """Find vflowopt's parameters for MODEL: the hidden states of pruned prompts stay the closest.
+
+    Needs no labels. Without MODEL, calibrate the built-in one.
+
+    Started again with the same arguments, an interrupted search goes on.
+    """
+    layers = _parse_layers(prune_layers)
+    if not 0 < keep_ratio < 1:
+        raise typer.BadParameter(
+            f"must be in (0, 1), got {keep_ratio:g}", param_hint="--keep-ratio"
+        )
+
+    from tokenprune.calibration.run import EngineProbe, Options
+    from tokenprune.calibration.run import calibrate as run
+
+    def open_probe(asked: list[tuple[list[Any], str]]) -> EngineProbe:
+        from tokenprune.engine.launch import start_offline
+
+        llm = start_offline(context.args, layers, _builtin_model)
+        from tokenprune.engine.last_hidden import LastHiddenProbe
+
+        return LastHiddenProbe(llm, asked)
+
+    options = Options(images, prompts, keep_ratio, output, samples, trials, seed)
+    run(options, open_probe, Console())
 
 
 # the demo reads its own options, `--help` too
@@ -136,7 +242,8 @@ def main() -> None:
     try:
         app()
     except TokenPruneError as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True)
+        text = f"[red]Error:[/red] {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 

@@ -4,7 +4,7 @@
     ├── PolicyError (ValueError)        a request names a method, key or value that is not legal
     ├── ConfigurationError (ValueError) the engine cannot be started this way
     ├── VersionError (ImportError)      vLLM is outside the tested range
-    ├── InstallationError (RuntimeError) a file that the package ships is missing or damaged
+    ├── InstallationError (RuntimeError) a part of the installation is missing or damaged
     └── DivergenceError (RuntimeError)  scheduler and worker disagree about physical lengths
 
 Messages follow one grammar: *subject* must be *rule*, got *value*; *way out*.
@@ -36,7 +36,7 @@ class VersionError(TokenPruneError, ImportError):
 
 
 class InstallationError(TokenPruneError, RuntimeError):
-    """A file that comes with this package is not there, or not as it was shipped."""
+    """A file of this package is not as it was shipped, or a library of an extra is missing."""
 
 
 class DivergenceError(TokenPruneError, RuntimeError):

@@ -66,13 +66,14 @@ Pruning: type[Axes] = create_model(  # type: ignore[call-overload]
         if policies(axis)
     },
 )
-PresetName = Literal["off", "safe", "balanced", "aggressive"]
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {},
     "safe": {"visual": {"method": "transprune", "keep_ratio": 0.5}},
     "balanced": {"visual": {"method": "transprune", "keep_ratio": 0.25}},
     "aggressive": {"visual": {"method": "transprune", "keep_ratio": 0.125}},
 }
+_BUILT_IN = frozenset(PRESETS)
+PresetName = Annotated[str, Field(examples=list(PRESETS))]
 PruningField = PresetName | Pruning
 OFF = Pruning()
 
@@ -105,6 +106,37 @@ def parse_pruning(value: object) -> Axes:
         return Pruning.model_validate(dict(value))
     except ValidationError as error:
         raise _policy_error(error, value) from None
+
+
+def add_presets(presets: object) -> None:
+    """Make presets known by name to this process, beside the built-in ones; the last value holds.
+
+    Args:
+        presets: A mapping of each name to what `parse_pruning` takes as an object.
+
+    Raises:
+        PolicyError: It names the preset and the key; none of the presets is known then.
+    """
+    if not isinstance(presets, Mapping):
+        raise PolicyError(f"presets must be an object of names, got {presets!r:.60}")
+    for name, value in presets.items():
+        if not isinstance(name, str) or not name:
+            raise PolicyError(f"the name of a preset must be a word, got {name!r}; quote it")
+        if name in _BUILT_IN:
+            raise PolicyError(
+                f"preset {name!r} must have a name of its own, got a built-in one; those are "
+                f"{', '.join(sorted(_BUILT_IN))}"
+            )
+        if not isinstance(value, Mapping):
+            raise PolicyError(
+                f"preset {name!r} must be an object with {' | '.join(Pruning.model_fields)}, "
+                f"got {value!r:.60}"
+            )
+        try:
+            parse_pruning(value)
+        except PolicyError as error:
+            raise PolicyError(f"preset {name!r}: {error}", error.param) from None
+    PRESETS.update({name: dict(value) for name, value in presets.items()})
 
 
 def flatten(pruning: Axes) -> dict[str, Any]:
@@ -230,7 +262,8 @@ class RequestPlan:
     @property
     def needs_whole_prompt(self) -> bool:
         """True when the prompt must be prefilled in one step."""
-        return self.visual is not None and self.visual.ranks is None
+        visual = self.visual
+        return visual is not None and visual.ranks is None and not visual.images
 
 
 def make_plan(

@@ -25,7 +25,7 @@ LOG = VENV / "tokenprune-setup.log"
 REPAIR = ROOT / "tools" / "torchvision_repair.py"
 
 BUILDING = "building"
-EXTRAS = "cpu,demo,dev,quality"
+EXTRAS = "cpu,calibrate,demo,dev,quality"
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
 # the registry builds these for CUDA; vLLM and transformers import them, but need neither here
 OPTIONAL_PACKAGES = ("torchaudio", "torchcodec")

@@ -1,21 +1,44 @@
 """A plain transformers loop in float64 that drops the same visual rows and KV: the engine's oracle.
 
 Nothing here is shared with the product but the plan's integers (kept counts and known ranks).
-Scores are written out again from the formulas of arXiv 2507.20630 and its released code, eviction
-from arXiv 2504.04704: a cache per layer and head that grows and is cut down by the recursion.
+Scores are written out again from the formulas of arXiv 2507.20630 and its released code, those of
+images from arXiv 2508.05211, eviction from arXiv 2504.04704: a cache per layer and head that grows
+and is cut down by the recursion.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.recycling import recycled
+
+# an image, or the frames of a video as `[frames, height, width, 3]`
+Picture = Image.Image | np.ndarray
+
+
+@dataclass
+class FromImages:
+    """How to choose from each image by itself.
+
+    Attributes:
+        kept: Per image the kept count by layer.
+    """
+
+    kept: list[dict[int, int]]
+    threshold: float
+    alpha: float
+    cell: float | None
 
 
 @dataclass
@@ -27,6 +50,26 @@ class Pruned:
     observed: range = range(0)
     form: str = "code"
     alpha: float = 0.5
+    images: FromImages | None = None
+
+    @classmethod
+    def like(cls, policy: Any, prompt: Any, engine: Any) -> Pruned:
+        """Translate a policy: counts and known ranks from its plan, scores are this file's own."""
+        plan, layers = policy.plan(prompt, engine), engine.boundaries
+        images = None
+        if plan.images:
+            kept = [dict(zip(layers, image.kept, strict=True)) for image in plan.images]
+            images = FromImages(kept, policy.threshold, policy.alpha, policy.cell)
+        return cls(
+            cuts=dict(zip(layers, plan.kept, strict=True)),
+            ranks=None
+            if plan.ranks is None
+            else {b: list(r) for b, r in zip(layers, plan.ranks, strict=True)},
+            observed=policy.observed_layers(engine),
+            form=getattr(policy, "form", "code"),
+            alpha=getattr(policy, "alpha", 0.5),
+            images=images,
+        )
 
 
 @dataclass
@@ -110,12 +153,14 @@ class Oracle:
             checkpoint, dtype=torch.float64, attn_implementation="eager"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.image_processor = self.processor.image_processor
+        self.video_processor = getattr(self.processor, "video_processor", None)
         self.decoder = self.model.model.language_model
 
     @torch.inference_mode()
-    def embed(self, prompt: str, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+    def embed(self, prompt: str, images: list[Picture]) -> tuple[Tensor, Tensor]:
         """Return input embeddings `[n, C]` and the bool mask of visual rows `[n]`."""
-        inputs = self.processor(text=prompt, images=images or None, return_tensors="pt")
+        inputs = self._inputs(prompt, images)
         for key, value in inputs.items():
             if value.is_floating_point():
                 inputs[key] = value.double()
@@ -132,14 +177,26 @@ class Oracle:
             pass
         finally:
             handle.remove()
-        visual = inputs["input_ids"][0] == self.model.config.image_token_id
+        config, ids = self.model.config, inputs["input_ids"][0]
+        visual = ids == config.image_token_id
+        if hasattr(config, "video_token_id"):
+            visual |= ids == config.video_token_id
         return captured["inputs_embeds"][0], visual
+
+    def _inputs(self, prompt: str, images: list[Picture]) -> Any:
+        kinds = {
+            "images": [x for x in images if isinstance(x, Image.Image)],
+            "videos": [x for x in images if not isinstance(x, Image.Image)],
+        }
+        return self.processor(
+            text=prompt, return_tensors="pt", **{k: v for k, v in kinds.items() if v}
+        )
 
     @torch.inference_mode()
     def run(
         self,
         prompt: str,
-        images: list[Image.Image],
+        images: list[Picture],
         generated: list[int],
         pruned: Pruned | None = None,
         evicted: Evicted | None = None,
@@ -150,6 +207,9 @@ class Oracle:
         pruned = pruned or Pruned({})
         trace = Trace()
         hidden, visual = self.embed(prompt, images)
+        if pruned.images is not None:
+            hidden, ranks = self._choose_from(images, hidden, visual, pruned.images)
+            pruned = replace(pruned, ranks=ranks)
         n = hidden.shape[0]
         positions = torch.arange(n)
         ranks = torch.arange(int(visual.sum()))
@@ -178,8 +238,86 @@ class Oracle:
         self._generate(trace, n, generated, cache, evicted)
         return trace
 
+    def _choose_from(
+        self, images: list[Picture], hidden: Tensor, visual: Tensor, how: FromImages
+    ) -> tuple[Tensor, dict[int, list[int]]]:
+        """Return the rows with what was folded into them, and the ranks kept at each layer."""
+        hidden, done = hidden.clone(), 0
+        ranks: dict[int, list[int]] = {layer: [] for layer in how.kept[0]}
+        for picture, kept in zip(images, how.kept, strict=True):
+            importance, grids = self.importance(picture, how.threshold, how.alpha)
+            rows = visual.nonzero()[done : done + len(importance), 0]
+            if isinstance(picture, Image.Image):
+                cell = grids[0][1] / 2 if how.cell is None else how.cell
+                left, folded = recycled(hidden[rows].tolist(), importance, grids, kept[0], cell)
+                hidden[rows[left]] = hidden.new_tensor(folded)
+            else:
+                left = list(range(len(rows)))
+            for layer in sorted(kept):
+                left = sorted(sorted(left, key=lambda i: (-importance[i], i))[: kept[layer]])
+                ranks[layer] += [done + i for i in left]
+            done += len(importance)
+        return hidden, ranks
+
+    @torch.inference_mode()
+    def importance(
+        self, picture: Picture, threshold: float, alpha: float
+    ) -> tuple[list[float], list[tuple[int, int]]]:
+        """Return the importance of an image's tokens, infinite for line breaks, and the grids."""
+        model, config = self.model.model, self.model.config
+        if isinstance(picture, Image.Image):
+            inputs, name = self._inputs("<image>", [picture]), "pixel_values"
+            process = self.image_processor
+        else:
+            inputs, name = self._inputs("<video>", [picture]), "pixel_values_videos"
+            process = self.video_processor
+        raw = process([picture], do_normalize=False, do_rescale=False, return_tensors="pt")
+        crops = inputs[name].flatten(0, -4).double()
+        pixels = raw[name].flatten(0, -4).round().to(torch.uint8).numpy()
+        attention = model.vision_tower.encoder.layers[config.vision_feature_layer].self_attn
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            getattr(attention, name).register_forward_hook(
+                lambda module, args, out, name=name: seen.update({name: out})
+            )
+            for name in ("q_proj", "k_proj")
+        ]
+        model.vision_tower(crops)
+        for hook in hooks:
+            hook.remove()
+        patch = config.vision_config.patch_size
+        side = config.vision_config.image_size // patch
+        maps = []
+        for q, k, crop in zip(seen["q_proj"], seen["k_proj"], pixels, strict=True):
+            q, k = (x[-(side**2) :].unflatten(1, (attention.num_heads, -1)) for x in (q, k))
+            probs = _probs(q, k, False).mean(dim=0)
+            keys = probs.sum(dim=0) > threshold
+            score = probs[keys].sum(dim=0) if keys.any() else probs.mean(dim=0)
+            maps.append(score + alpha * _entropy(crop, patch, side).softmax(0))
+        if name == "pixel_values_videos":
+            pooled = model.apply_pooling(torch.stack(maps)[..., None]).flatten()
+            return [*pooled.tolist(), math.inf], []
+        if "image_sizes" not in inputs:
+            return maps[0].tolist(), [(side**2, side)]
+        # transformers lays out the map as if it were the features
+        newline = torch.tensor([torch.inf], dtype=torch.float64)
+        options = (
+            {}
+            if config.model_type == "llava_onevision"
+            else {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+        )
+        packed, _ = model.pack_image_features(
+            [torch.stack(maps)[..., None]],
+            inputs["image_sizes"],
+            image_newline=newline,
+            **options,
+        )
+        importance = packed[0][:, 0].tolist()
+        rest = importance[side**2 :]
+        return importance, [(side**2, side), (len(rest), rest.index(math.inf) + 1)]
+
     def _run_chunks(
-        self, prompt: str, images: list[Image.Image], generated: list[int], evicted: Evicted
+        self, prompt: str, images: list[Picture], generated: list[int], evicted: Evicted
     ) -> Trace:
         assert evicted.chunks is not None
         embeds, _ = self.embed(prompt, images)
@@ -262,6 +400,17 @@ def _probs(q: Tensor, k: Tensor, causal: bool) -> Tensor:
         mask = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + len(k) - len(q))
         logits = logits.masked_fill(mask, -torch.inf)
     return logits.softmax(-1)
+
+
+def _entropy(crop: np.ndarray, patch: int, side: int) -> Tensor:
+    grey = crop.astype(int).sum(axis=0) // 3
+    bits = []
+    for top in range(0, side * patch, patch):
+        for left in range(0, side * patch, patch):
+            counts = Counter(grey[top : top + patch, left : left + patch].flatten().tolist())
+            shares = [count / patch**2 for count in counts.values()]
+            bits.append(-sum(p * math.log2(p) for p in shares))
+    return torch.tensor(bits, dtype=torch.float64)
 
 
 def _ttv(x_in: Tensor, x_out: Tensor, visual: Tensor, form: str) -> Tensor:

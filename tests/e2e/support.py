@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ from tokenprune.request import parse_pruning
 
 NUM_LAYERS = 8
 SHAPE = EngineShape(NUM_LAYERS, (0, 2, 3, 5), 2048)
+WIDE = 1000
 TOLERANCE = 1e-4  # log-probs in float32 against float64
 
 
 def image(seed: int) -> Image.Image:
-    """Return a small picture of coloured blocks; different seeds look different."""
+    """Return a small picture of coloured blocks; different seeds look different.
+
+    Seeds from `WIDE` on give a wide picture, which any-resolution models see in part.
+    """
     blocks = np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)
-    return Image.fromarray(blocks).resize((96, 96), Image.Resampling.NEAREST)
+    size = (96, 96) if seed < WIDE else (170, 70)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
 
 
 def visual(method: str, keep_ratio: float = 0.25, **parameters: Any) -> dict[str, Any]:
@@ -104,10 +110,17 @@ class Engine:
 
     def ask(self, *asks: Ask) -> list[Answer]:
         """Run requests together and return their answers in order."""
+        return self._ask([_prompt(a) for a in asks], asks)
+
+    def ask_with(self, ask: Ask, data: dict[str, Any]) -> list[Answer]:
+        """Run a request with other data than its images."""
+        return self._ask([{"prompt": ask.prompt, "multi_modal_data": data}], [ask])
+
+    def _ask(self, prompts: list[Any], asks: Sequence[Ask]) -> list[Answer]:
         from vllm import SamplingParams
 
         outputs = self.llm.generate(
-            [_prompt(a) for a in asks],
+            prompts,
             [
                 SamplingParams(
                     temperature=0,

@@ -27,6 +27,7 @@ ASKS = [
     Ask(DESCRIBE, (2,), visual("random", 0.5, seed=3)),
     Ask(COMPARE, (1, 2), visual("transprune", 0.25)),
     Ask(COMPARE, (1, 2)),
+    Ask(COMPARE, (2, 1), visual("vflowopt", 0.25, threshold=1.5)),
     Ask(DESCRIBE, (2,)),
 ]
 
@@ -159,6 +160,7 @@ def test_hundreds_of_random_requests_leave_no_block_behind(cramped: Engine) -> N
         visual("random", 0.1, seed=2),
         visual("transprune", 0.25),
         visual("uniform", 0.2, prune_layers=[0, 5]),
+        visual("vflowopt", 0.3, threshold=1.5),
     ]
     live: list[str] = []
     for _ in range(300):

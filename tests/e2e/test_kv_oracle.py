@@ -76,14 +76,7 @@ def distance(
     pruned = None
     keys = {k: v for k, v in (ask.pruning or {}).items() if k.startswith("pruning_visual")}
     if keys:
-        policy = policy_of(keys)
-        plan = policy.plan(layout_of(rows), SHAPE)
-        stages = list(enumerate(SHAPE.boundaries))
-        pruned = Pruned(
-            cuts={b: plan.kept[i] for i, b in stages},
-            ranks=None if plan.ranks is None else {b: list(plan.ranks[i]) for i, b in stages},
-            observed=policy.observed_layers(SHAPE),
-        )
+        pruned = Pruned.like(policy_of(keys), layout_of(rows), SHAPE)
     heads = oracle.model.config.text_config.num_key_value_heads
     evicted = evicted_like(ask, len(rows), heads, chunk)
     trace = oracle.run(ask.prompt, images, answer.tokens, pruned, evicted)
@@ -108,6 +101,12 @@ CASES = [
     pytest.param(DESCRIBE, (1,), kv("lagkv"), id="lagkv-image"),
     pytest.param(COMPARE, (1, 2), kv("lagkv") | visual("uniform"), id="with-uniform"),
     pytest.param(COMPARE, (1, 2), kv("lagkv") | visual("transprune", 0.125), id="with-transprune"),
+    pytest.param(
+        COMPARE,
+        (1, 2),
+        kv("lagkv") | visual("vflowopt", 0.3, threshold=1.5, alpha=0.3),
+        id="with-vflowopt",
+    ),
     pytest.param(
         DESCRIBE, (3,), kv("streaming") | visual("random", 0.1), id="streaming-with-random"
     ),

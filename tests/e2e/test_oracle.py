@@ -35,15 +35,7 @@ def pruned_like(oracle: Oracle, ask: Ask) -> Pruned:
     """Translate a request for the oracle: counts and known ranks from the plan, scores its own."""
     policy = policy_of(ask.pruning or {})
     _, rows = oracle.embed(ask.prompt, [image(s) for s in ask.images])
-    plan = policy.plan(layout_of(rows), SHAPE)
-    stages = list(enumerate(SHAPE.boundaries))
-    return Pruned(
-        cuts={b: plan.kept[i] for i, b in stages},
-        ranks=None if plan.ranks is None else {b: list(plan.ranks[i]) for i, b in stages},
-        observed=policy.observed_layers(SHAPE),
-        form=getattr(policy, "form", "code"),
-        alpha=getattr(policy, "alpha", 0.5),
-    )
+    return Pruned.like(policy, layout_of(rows), SHAPE)
 
 
 def assert_like_oracle(oracle: Oracle, ask: Ask, answer: Answer) -> dict[int, list[int]]:

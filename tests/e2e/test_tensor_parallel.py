@@ -20,6 +20,7 @@ ASKS = [
     Ask(DESCRIBE, (1,), visual("uniform")),
     Ask(DESCRIBE, (2,), visual("transprune", 0.125)),
     Ask(DESCRIBE, (3,), visual("transprune", 0.3, form="paper")),
+    Ask(DESCRIBE, (4,), visual("vflowopt", 0.3, threshold=1.5)),
 ]
 
 

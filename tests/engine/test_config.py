@@ -174,12 +174,24 @@ def test_suggested_boundaries_are_legal_at_uncommon_depths(num_layers):
 # settings, shape and refusals, on the parts of VllmConfig that are read
 
 
+def tower(kind, strategy, layer=-2):
+    return SimpleNamespace(
+        vision_config=SimpleNamespace(model_type=kind),
+        vision_feature_select_strategy=strategy,
+        vision_feature_layer=layer,
+    )
+
+
 def config(**changes):
     """A supported LLaVA engine of 32 layers; `changes` name a part and what differs in it."""
     parts = {
         "model_config": {
             "architecture": "LlavaForConditionalGeneration",
             "hf_text_config": SimpleNamespace(num_hidden_layers=32, model_type="llama"),
+            "hf_config": tower("clip_vision_model", "default"),
+            "multimodal_config": SimpleNamespace(
+                enable_mm_embeds=False, mm_encoder_tp_mode="weights"
+            ),
             "is_multimodal_model": True,
             "max_model_len": 8192,
             "uses_mrope": False,
@@ -209,6 +221,7 @@ def config(**changes):
         "kv_transfer_config": None,
         "speculative_config": None,
         "lora_config": None,
+        "ec_transfer_config": None,
     }
     for name, change in changes.items():
         if name in parts:
@@ -303,6 +316,59 @@ def test_lora_leaves_visual_tokens_alone():
     shape = engine_shape(config(lora_config=object()))
     assert "LoRA" in shape.unsupported
     assert shape.boundaries == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        pytest.param({"model_config": {"uses_mrope": True}}, "M-RoPE", id="cannot-prune-at-all"),
+        pytest.param(
+            {"model_config": {"hf_config": tower("pixtral", "full")}},
+            "'pixtral' is not among clip_vision_model, siglip_vision_model",
+            id="tower",
+        ),
+        pytest.param(
+            {"model_config": {"hf_config": tower("clip_vision_model", "full")}},
+            "selected by 'full' instead of 'default'",
+            id="class-token",
+        ),
+        pytest.param(
+            {"model_config": {"hf_config": tower("siglip_vision_model", "full", [-2, -1])}},
+            "several layers",
+            id="several-layers",
+        ),
+        pytest.param({"ec_transfer_config": object()}, "another engine", id="ec-connector"),
+        pytest.param(
+            {
+                "model_config": {
+                    "multimodal_config": SimpleNamespace(
+                        enable_mm_embeds=True, mm_encoder_tp_mode="weights"
+                    )
+                }
+            },
+            "--enable-mm-embeds",
+            id="embeddings",
+        ),
+        pytest.param(
+            {
+                "model_config": {
+                    "multimodal_config": SimpleNamespace(
+                        enable_mm_embeds=False, mm_encoder_tp_mode="data"
+                    )
+                }
+            },
+            "--mm-encoder-tp-mode data",
+            id="images-over-ranks",
+        ),
+    ],
+)
+def test_towers_that_cannot_be_scored_say_why(changes, reason):
+    assert reason in engine_shape(config(**changes)).importance_unsupported
+
+
+def test_siglip_towers_are_scored():
+    change = {"hf_config": tower("siglip_vision_model", "full")}
+    assert engine_shape(config(model_config=change)).importance_unsupported is None
 
 
 def text(**changes):

@@ -21,6 +21,7 @@ SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
 MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 STATE = "vllm.v1.worker.gpu.model_states.default:DefaultModelState"
+ENCODER_CACHE = "vllm.v1.worker.gpu.mm.encoder_cache:EncoderCache"
 TABLES = "vllm.v1.worker.gpu.block_table:BlockTables"
 GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager"
 BUILDER = "vllm.v1.attention.backend:AttentionMetadataBuilder"
@@ -75,6 +76,10 @@ OVERRIDDEN = [
         "input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config "
         "for_capture",
     ),
+    (STATE, "prepare_inputs_embeds", "scheduled_encoder_inputs input_batch req_states"),
+    (ENCODER_CACHE, "__init__", ""),
+    (ENCODER_CACHE, "reset_encoder_cache", ""),
+    (ENCODER_CACHE, "free_encoder_cache", "mm_hash"),
     (TABLES, "gather_block_tables", "idx_mapping"),
     (TABLES, "compute_slot_mappings", "idx_mapping query_start_loc positions"),
     (GRAPHS, "dispatch", "num_reqs num_tokens"),
@@ -133,7 +138,7 @@ def test_a_method_takes_the_keyword_we_use(path, method, keyword):
             "block_size sliding_window attention_chunk_size",
         ),
         ("vllm.forward_context:ForwardContext", "skip_compiled"),
-        ("vllm.multimodal.inputs:MultiModalFeatureSpec", "modality mm_position"),
+        ("vllm.multimodal.inputs:MultiModalFeatureSpec", "modality mm_position identifier data"),
     ],
     ids=lambda value: value.split(":")[1] if ":" in value else "",
 )
@@ -153,6 +158,13 @@ def test_a_dataclass_has_the_fields_we_read(path, fields):
         (RUNNER, "req_states block_tables kv_cache_config cudagraph_manager model_state"),
         (RUNNER, "max_num_reqs encoder_cache"),
         ("vllm.v1.worker.gpu.model_states.interface:ModelState", "max_num_reqs device"),
+        (ENCODER_CACHE, "mm_features encoder_outputs"),
+        (
+            "vllm.model_executor.layers.attention.mm_encoder_attention:MMEncoderAttention",
+            "num_heads scale",
+        ),
+        ("vllm.model_executor.models.clip:CLIPVisionModel", "vision_model"),
+        ("vllm.model_executor.models.siglip:SiglipVisionModel", "vision_model"),
         ("vllm.v1.core.sched.scheduler:Scheduler", "requests running kv_cache_manager"),
         ("vllm.v1.core.sched.scheduler:Scheduler", "vllm_config"),
         ("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator"),
@@ -188,12 +200,14 @@ def test_an_object_has_the_attributes_we_read(path, attributes):
         (
             "vllm.config:VllmConfig",
             "additional_config use_v2_model_runner kv_transfer_config speculative_config "
-            "lora_config",
+            "lora_config ec_transfer_config",
         ),
+        ("vllm.config:MultiModalConfig", "enable_mm_embeds mm_encoder_tp_mode"),
         (
             "vllm.config:ModelConfig",
             "architecture hf_text_config is_multimodal_model uses_mrope get_sliding_window "
-            "is_mm_prefix_lm max_model_len use_mla is_hybrid is_attention_free is_encoder_decoder",
+            "is_mm_prefix_lm max_model_len use_mla is_hybrid is_attention_free is_encoder_decoder "
+            "hf_config multimodal_config",
         ),
     ],
     ids=lambda value: value.split(":")[1] if ":" in value else "",
@@ -309,6 +323,37 @@ def test_the_runner_hands_our_slots_to_the_model_state_unchanged():
     between = source[source.index("self.prepare_attn(input_batch)") :]
     call = r"self\.model_state\.prepare_attn\(\s*input_batch,\s*batch_desc\.cg_mode,\s*block_tables"
     assert re.search(call + r",\s*slot_mappings,\s*attn_groups,\s*self\.kv_cache_config", between)
+
+
+def test_images_that_are_encoded_already_are_not_encoded_again():
+    source = inspect.getsource(
+        load("vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.prepare_mm_inputs")
+    )
+    assert re.search(
+        r"if mm_feature\.identifier in self\.encoder_cache\.encoder_outputs:\s*continue", source
+    )
+
+
+def test_towers_hand_queries_and_keys_to_their_attention_by_position():
+    for path in ("clip:CLIPAttention", "siglip:SiglipAttention"):
+        source = inspect.getsource(load(f"vllm.model_executor.models.{path}.forward"))
+        assert "self.attn(query_states, key_states, value_states)" in source
+
+
+def test_llava_models_pass_pixels_to_their_tower_by_position():
+    for path in ("llava:Llava", "llava_next:LlavaNext", "llava_onevision:LlavaOnevision"):
+        model = load(f"vllm.model_executor.models.{path}ForConditionalGeneration")
+        source = inspect.getsource(model._image_pixels_to_features)
+        assert re.search(r"vision_tower\(\s*pixel_values,", source), path
+
+
+def test_images_are_encoded_behind_attention_metadata_and_before_the_forward_pass():
+    source = inspect.getsource(load(f"{RUNNER}.execute_model"))
+    calls = ["self.prepare_attn(input_batch)", "self.model_state.prepare_inputs_embeds("]
+    places = [source.index(call) for call in calls]
+    assert places == sorted(places)
+    embeds = inspect.getsource(load(f"{STATE}.prepare_inputs_embeds"))
+    assert "self.execute_mm_encoder(scheduled_encoder_inputs)" in embeds
 
 
 def test_the_runner_updates_requests_before_it_prepares_attention():

@@ -72,23 +72,26 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
         from tokenprune.kernels.ops import (
-            instruction_attention, lag_compact, lag_keep, lag_scores, transition_scores
+            attention_importance, instruction_attention, lag_compact, lag_keep, lag_scores,
+            patch_entropy, recycle, transition_scores
         )
 
-        inputs = ("x_in_ptr", "x_out_ptr", "q_ptr", "k_ptr", "z_ptr", "cache_ptr")
+        inputs = ("x_in_ptr", "x_out_ptr", "q_ptr", "k_ptr", "z_ptr", "cache_ptr", "features_ptr")
         types = dict.fromkeys(inputs, "*bf16") | {
             "visual_ptr": "*i1", "rows_ptr": "*i64", "q_rows_ptr": "*i64",
             "visual_keys_ptr": "*i64", "scale_log2": "fp32",
             "kept_ptr": "*i64", "source_ptr": "*i64", "blocks_ptr": "*i32",
+            "members_ptr": "*i64", "begin_ptr": "*i64", "grey_ptr": "*u8",
         }
         constants = {
             "SIGNED": False, "ALL_ROWS": False, "BLOCK": 256, "BLOCK_D": 1024, "WIDEN": False,
             "BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_DH": 64, "SPLITS": 4,
             "ACCUMULATE": True, "CONSTANT": 1e-6, "MAX_NORMALISED": 1e15, "BLOCK_L": 8,
-            "BLOCK_J": 16, "BLOCK_W": 64,
+            "BLOCK_J": 16, "BLOCK_W": 64, "BLOCK_P": 256,
         }
-        lag = (lag_scores._kernel(), lag_keep._kernel(), lag_compact._kernel())
-        for kernel in transition_scores._kernels() + instruction_attention._kernels() + lag:
+        one = (lag_scores, lag_keep, lag_compact, patch_entropy, recycle)
+        two = (transition_scores, instruction_attention, attention_importance)
+        for kernel in [m._kernel() for m in one] + [k for m in two for k in m._kernels()]:
             signature = {
                 name: "constexpr" if name in constants
                 else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
@@ -102,4 +105,4 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
         TRITON_CACHE_DIR=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 7
+    assert len(done.stdout.split()) == 11

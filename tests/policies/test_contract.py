@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tokenprune.errors import PolicyError
 from tokenprune.lengths import PromptLayout
 from tokenprune.policies import EngineShape, PlanSkipped, policies
-from tokenprune.policies.base import register_policy
+from tokenprune.policies.base import ScheduledPolicy, register_policy
 from tokenprune.request import AXES
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -22,8 +22,10 @@ EVERY = [
     for method, cls in policies(axis).items()
 ]
 VISUAL = [pytest.param(cls, id=method) for method, cls in policies("visual").items()]
+SCHEDULED = [p for p in VISUAL if issubclass(p.values[0], ScheduledPolicy)]
 WHOLE = [p for p in VISUAL if p.values[0].needs_whole_prompt]
-KNOWN = [p for p in VISUAL if not p.values[0].needs_whole_prompt]
+IMAGES = [p for p in VISUAL if p.values[0].chooses_per_image]
+KNOWN = [p for p in VISUAL if p not in (*WHOLE, *IMAGES)]
 
 ENGINE = EngineShape(num_layers=32, boundaries=(0, 8, 12, 20), max_num_batched_tokens=4096)
 # text, an image of 576 tokens, text
@@ -33,7 +35,9 @@ PROMPT = PromptLayout(600, ((5, 581),))
 def test_every_kind_of_visual_policy_is_covered():
     assert VISUAL
     assert WHOLE
+    assert IMAGES
     assert KNOWN
+    assert len(WHOLE) + len(IMAGES) + len(KNOWN) == len(VISUAL)
 
 
 @pytest.mark.parametrize("cls", EVERY)
@@ -89,38 +93,52 @@ def cases(draw):
     layout = PromptLayout(end + draw(st.integers(1, 9)), tuple(spans))
     ratio = draw(st.floats(0, 1, exclude_min=True))
     parameters = {"keep_ratio": ratio}
-    if draw(st.booleans()):
-        layers = draw(st.sets(st.sampled_from(engine.boundaries), min_size=1))
-        parameters["prune_layers"] = sorted(layers)
-    return parameters, layout, engine
+    layers = draw(st.sets(st.sampled_from(engine.boundaries), min_size=1))
+    return parameters, sorted(layers), layout, engine
+
+
+def cut_at(cls, parameters, layers):
+    """Return the policy, with layers of its own where the method takes any number of them."""
+    if issubclass(cls, ScheduledPolicy) and len(layers) % 2:
+        return cls(**parameters, prune_layers=layers)
+    return cls(**parameters)
 
 
 @pytest.mark.parametrize("cls", VISUAL)
 @PROPERTY
 @given(case=cases())
 def test_a_plan_is_the_same_each_time_and_never_grows(cls, case):
-    parameters, layout, engine = case
-    plan = cls(**parameters).plan(layout, engine)
-    assert plan == cls(**parameters).plan(layout, engine)
-    total, ratio = layout.num_visual, parameters["keep_ratio"]
+    parameters, layers, layout, engine = case
+    plan = cut_at(cls, parameters, layers).plan(layout, engine)
+    assert plan == cut_at(cls, parameters, layers).plan(layout, engine)
     assert len(plan.kept) == len(engine.boundaries)
-    assert all(a >= b for a, b in itertools.pairwise((total, *plan.kept)))
-    # the last cut is exact, and something always survives
-    assert plan.kept[-1] == max(1, int(total * ratio))
+    assert all(a >= b for a, b in itertools.pairwise((layout.num_visual, *plan.kept)))
     layers = [layer for layer, _ in plan.cuts]
     assert layers == sorted(set(layers))
     assert set(layers) <= set(engine.boundaries)
+    # each part that is chosen from by itself keeps the floor of its share, at least one
+    spans = layout.visual_spans if plan.images else [(0, layout.num_visual)]
     for boundary, kept in zip(engine.boundaries, plan.kept, strict=True):
         in_force = [r for layer, r in plan.cuts if layer <= boundary]
-        assert kept == (max(1, int(total * in_force[-1])) if in_force else total)
+        share = in_force[-1] if in_force else 1
+        assert kept == sum(max(1, int((end - start) * share)) for start, end in spans)
+
+
+@pytest.mark.parametrize("cls", SCHEDULED)
+@PROPERTY
+@given(case=cases())
+def test_the_last_cut_of_a_schedule_is_exact(cls, case):
+    parameters, layers, layout, engine = case
+    plan = cut_at(cls, parameters, layers).plan(layout, engine)
+    assert plan.kept[-1] == max(1, int(layout.num_visual * parameters["keep_ratio"]))
 
 
 @pytest.mark.parametrize("cls", VISUAL)
 @PROPERTY
 @given(case=cases())
 def test_lengths_follow_from_the_counts(cls, case):
-    parameters, layout, engine = case
-    plan = cls(**parameters).plan(layout, engine)
+    parameters, layers, layout, engine = case
+    plan = cut_at(cls, parameters, layers).plan(layout, engine)
     complete = plan.lengths.all_stages(layout.num_tokens)
     assert complete == tuple(layout.num_tokens - layout.num_visual + k for k in plan.kept)
     assert plan.lengths.num_prompt_tokens == layout.num_tokens
@@ -130,8 +148,8 @@ def test_lengths_follow_from_the_counts(cls, case):
 @PROPERTY
 @given(case=cases())
 def test_ranks_are_nested_and_only_visual_positions_are_dropped(cls, case):
-    parameters, layout, engine = case
-    plan = cls(**parameters).plan(layout, engine)
+    parameters, layers, layout, engine = case
+    plan = cut_at(cls, parameters, layers).plan(layout, engine)
     positions = layout.visual_positions()
     outer = set(range(layout.num_visual))
     for kept, ranks, dropped in zip(plan.kept, plan.ranks, plan.lengths.dropped, strict=True):
@@ -155,6 +173,38 @@ def test_kept_ranks_ascend_without_repeats_in_range(cls, num_visual, keep):
     assert ranks[-1] < num_visual
 
 
+@pytest.mark.parametrize("cls", IMAGES)
+@PROPERTY
+@given(case=cases())
+def test_a_choice_per_image_counts_each_image_and_holds_between_images(cls, case):
+    parameters, _, layout, engine = case
+    plan = cls(**parameters).plan(layout, engine)
+    assert plan.ranks is None
+    assert tuple((i.start, i.end) for i in plan.images) == layout.visual_spans
+    for n in range(layout.num_tokens + 1):
+        end = plan.chunk_end(n)
+        inside = [i for i in plan.images if i.start < n < i.end]
+        assert end == (inside[0].start if inside else n)
+        for stage, held in enumerate(plan.lengths.all_stages(end)):
+            gone = sum(i.end - i.start - i.kept[stage] for i in plan.images if i.end <= end)
+            assert held == end - gone
+
+
+@pytest.mark.parametrize("cls", IMAGES)
+def test_an_image_fits_one_step_or_is_skipped(cls):
+    plan = cls().plan(*without(max_num_batched_tokens=576))
+    assert plan.images
+    for prompt, room in ((PROMPT, 575), (PromptLayout(700, ((1, 40), (90, 691))), 600)):
+        with pytest.raises(PlanSkipped, match="image_exceeds_batch"):
+            cls().plan(*without(prompt, max_num_batched_tokens=room))
+
+
+@pytest.mark.parametrize("cls", IMAGES)
+def test_a_tower_that_cannot_be_read_is_skipped_with_a_reason(cls):
+    with pytest.raises(PlanSkipped, match="importance_unsupported"):
+        cls().plan(*without(importance_unsupported="why"))
+
+
 @pytest.mark.parametrize("cls", WHOLE)
 def test_a_choice_by_tensors_is_counted_not_named(cls):
     plan = cls(keep_ratio=0.25).plan(PROMPT, ENGINE)
@@ -172,7 +222,7 @@ def test_keep_ratio_one_keeps_everything(cls):
         assert plan.lengths.all_stages(n) == (n,) * 4
 
 
-@pytest.mark.parametrize("cls", VISUAL)
+@pytest.mark.parametrize("cls", SCHEDULED)
 @pytest.mark.parametrize(
     ("ratio", "kept"), [(1e-9, 1), (1 / 577, 1), (0.5, 288), (0.9999, 575), (0.1, 57)]
 )
@@ -180,13 +230,13 @@ def test_keep_is_the_floor_of_the_original_count_and_at_least_one(cls, ratio, ke
     assert cls(keep_ratio=ratio).plan(PROMPT, ENGINE).kept[-1] == kept
 
 
-@pytest.mark.parametrize("cls", VISUAL)
+@pytest.mark.parametrize("cls", SCHEDULED)
 def test_the_last_cut_is_exact_where_one_minus_one_minus_the_ratio_is_less(cls):
     assert 1 - (1 - 0.1) < 0.1
     assert cls(keep_ratio=0.1).plan(PromptLayout(120, ((5, 105),)), ENGINE).kept[-1] == 10
 
 
-@pytest.mark.parametrize("cls", VISUAL)
+@pytest.mark.parametrize("cls", SCHEDULED)
 def test_own_layers_and_ratios_replace_the_published_schedule(cls):
     policy = cls(prune_layers=[0, 12], keep_ratios=[0.5, 0.25])
     plan = policy.plan(PROMPT, ENGINE)
@@ -194,7 +244,7 @@ def test_own_layers_and_ratios_replace_the_published_schedule(cls):
     assert plan.kept == (288, 288, 144, 144)
 
 
-@pytest.mark.parametrize("cls", VISUAL)
+@pytest.mark.parametrize("cls", SCHEDULED)
 def test_own_layers_share_keep_ratio_in_even_steps(cls):
     plan = cls(prune_layers=[8, 20], keep_ratio=0.5).plan(PROMPT, ENGINE)
     assert plan.cuts == ((8, 0.75), (20, 0.5))
@@ -225,7 +275,7 @@ def test_nothing_to_prune_is_skipped_with_a_reason(cls, case, reason):
     assert skipped.value.reason == reason
 
 
-@pytest.mark.parametrize("cls", VISUAL)
+@pytest.mark.parametrize("cls", SCHEDULED)
 def test_one_text_token_behind_the_image_is_enough(cls):
     assert cls(keep_ratio=0.5).plan(PromptLayout(582, ((5, 581),)), ENGINE).kept[-1] == 288
 

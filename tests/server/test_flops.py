@@ -58,6 +58,16 @@ def test_pruning_spends_less_and_scores_are_paid_for() -> None:
     assert spent < spent_scored < full
 
 
+def test_scores_of_the_vision_tower_cost_the_decoder_nothing() -> None:
+    engine = EngineShape(num_layers=8, boundaries=(0, 2, 4), max_num_batched_tokens=2048)
+    prompt = PromptLayout(num_tokens=180, visual_spans=((4, 148),))
+    pruning = parse_pruning({"visual": {"method": "vflowopt", "stages": [0.5, 0.5, 0.5]}})
+    full, spent = prefill_flops(make_plan(pruning, prompt, engine), prompt, engine, TINY)
+    assert full == 2 * 8 * layer_macs(TINY, 180)
+    tokens = [(2, 36 + 72), (2, 36 + 36), (4, 36 + 18)]
+    assert spent == 2 * prefill_macs(TINY, tokens)
+
+
 def test_evicting_saves_no_prefill_work() -> None:
     engine = EngineShape(num_layers=8, boundaries=(0, 2), max_num_batched_tokens=2048)
     prompt = PromptLayout(num_tokens=100)

@@ -43,6 +43,7 @@ def prompt(num_tokens: int, *images: PlaceholderRange) -> dict[str, Any]:
 PHOTO = prompt(50, PlaceholderRange(offset=4, length=40))
 PHOTO_LAST = prompt(44, PlaceholderRange(offset=4, length=40))
 LONG = prompt(101, PlaceholderRange(offset=4, length=40))
+LARGE = prompt(150, PlaceholderRange(offset=4, length=101))
 TEXT = prompt(20)
 
 
@@ -272,6 +273,14 @@ BAD = [
         id="longer-than-a-step",
     ),
     pytest.param(
+        {"pruning": {"visual": {"method": "vflowopt"}}},
+        LARGE,
+        "pruning.visual.method",
+        "an image must have at most 100 tokens for pruning.visual.method vflowopt, which takes it "
+        "in one step, got 101; raise --max-num-batched-tokens or use another method",
+        id="image-longer-than-a-step",
+    ),
+    pytest.param(
         {"pruning": HALVES, "use_beam_search": True},
         PHOTO,
         "use_beam_search",
@@ -305,6 +314,18 @@ def test_a_model_that_cannot_be_pruned_says_why(start: Start) -> None:
     server.serving.prompts = [TEXT]
     block = server.chat(pruning="balanced").json()["usage"]["pruning"]
     assert block["skipped"] == {"visual": "model_unsupported"}
+
+
+def test_a_vision_tower_that_cannot_be_scored_says_why_and_serves_other_methods(
+    start: Start,
+) -> None:
+    server = start(EngineShape(8, (0, 2), 100, importance_unsupported="the tower is 'pixtral'"))
+    error = server.chat(pruning={"visual": {"method": "vflowopt"}}).json()["error"]
+    assert error["param"] == "pruning.visual.method"
+    assert error["message"].startswith("pruning.visual.method must be another than vflowopt")
+    assert "pixtral" in error["message"]
+    block = server.chat(pruning={"visual": {"method": "uniform"}}).json()["usage"]["pruning"]
+    assert block["applied"]["visual"] == "uniform"
 
 
 def test_a_server_that_cannot_evict_says_why(start: Start) -> None:

@@ -103,6 +103,11 @@ def test_a_bypassed_request_only_gives_the_reason() -> None:
         pytest.param(
             record_of(HALVES, (PHOTO, [0])), "visual=uniform;keep_ratio=0.25;layers=2,3", id="cut"
         ),
+        pytest.param(
+            record_of({"visual": {"method": "vflowopt", "stages": [0.5, 0.7, 0.5]}}, (PHOTO, [0])),
+            "visual=vflowopt;keep_ratios=0.5,0.175;layers=0,3",
+            id="cut-per-image",
+        ),
         pytest.param(record_of(HALVES, (TEXT, [0])), "none", id="skipped"),
     ],
 )

@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import ConfigurationError
 from tokenprune.policies import EngineShape
-from tokenprune.request import Axes, parse_pruning
+from tokenprune.request import Axes, add_presets, parse_pruning
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CONFIG_KEY = "tokenprune"
 MAX_KV_GROUPS = 12
-_SETTINGS = ("prune_layers", "default")
+_SETTINGS = ("presets", "prune_layers", "default")
 _LLAVA = (
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
 )
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+# vision towers that can be scored, and the features that leave out their class token
+_TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 _BIASED_BY_DISTANCE = ("baichuan", "bloom", "falcon", "jais", "mpt")
 _PLAIN_CACHE = ("auto", "bfloat16", "float16", "float32", "half")
 
@@ -40,11 +42,11 @@ class Settings:
 
 
 def settings(vllm_config: VllmConfig) -> Settings:
-    """Read the plugin's settings.
+    """Read the plugin's settings, and make the presets among them known to this process.
 
     Raises:
         ConfigurationError: A key is unknown or a value has the wrong type.
-        PolicyError: The default pruning is not legal.
+        PolicyError: The default pruning or a preset is not legal.
     """
     additional = vllm_config.additional_config
     raw: Any = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
@@ -62,6 +64,8 @@ def settings(vllm_config: VllmConfig) -> Settings:
         isinstance(layers, list) and all(type(layer) is int for layer in layers)
     ):
         raise ConfigurationError(f"prune_layers must be a list of layer numbers, got {layers!r}")
+    # every process that reads requests reads the settings first
+    add_presets(raw.get("presets", {}))
     return Settings(None if layers is None else tuple(layers), parse_pruning(raw.get("default")))
 
 
@@ -91,6 +95,7 @@ def engine_shape(vllm_config: VllmConfig) -> EngineShape:
         unsupported,
         kv_unsupported=kv_eviction_unsupported(vllm_config),
         max_model_len=vllm_config.model_config.max_model_len,
+        importance_unsupported=unsupported or importance_unsupported(vllm_config),
     )
 
 
@@ -112,6 +117,29 @@ def visual_pruning_unsupported(vllm_config: VllmConfig) -> str | None:
         return "LoRA adapters are enabled, which map rows to adapters once per step"
     if model.is_mm_prefix_lm:
         return "image tokens attend in both directions"
+    return None
+
+
+def importance_unsupported(vllm_config: VllmConfig) -> str | None:
+    """Return why the patches of images cannot be scored in the vision tower, or None."""
+    config = vllm_config.model_config.hf_config
+    options = vllm_config.model_config.multimodal_config
+    tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+    if tower not in _TOWERS:
+        return f"vision tower type {tower!r} is not among {', '.join(_TOWERS)}"
+    if strategy != _TOWERS[tower]:
+        return (
+            f"the vision tower's features are selected by {strategy!r} instead of "
+            f"{_TOWERS[tower]!r}"
+        )
+    if not isinstance(config.vision_feature_layer, int):
+        return "features are taken from several layers of the vision tower"
+    if vllm_config.ec_transfer_config is not None:
+        return "images are encoded in another engine (EC connector)"
+    if options.enable_mm_embeds:
+        return "images may arrive as embeddings (--enable-mm-embeds)"
+    if options.mm_encoder_tp_mode == "data":
+        return "images are spread over the ranks (--mm-encoder-tp-mode data)"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from typing import Any
 
@@ -33,7 +33,9 @@ _PROCESSORS = "--logits-processors"
 
 
 def engine_arguments(
-    prune_layers: Sequence[int] | None = None, default: str | None = None
+    prune_layers: Sequence[int] | None = None,
+    default: str | None = None,
+    presets: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return keyword arguments that give vLLM's `LLM` or `EngineArgs` the pruning engine.
 
@@ -41,8 +43,9 @@ def engine_arguments(
         prune_layers: Stage boundaries; None chooses them from the model's depth, and an empty
             sequence serves KV methods only.
         default: Preset for requests that say nothing about pruning.
+        presets: Presets by name beside the built-in ones; see `tokenprune.presets.load_presets`.
     """
-    asked = {"prune_layers": prune_layers, "default": default}
+    asked = {"prune_layers": prune_layers, "default": default, "presets": presets or None}
     values = {
         key: list(value) if key == "prune_layers" else value
         for key, value in asked.items()
@@ -61,6 +64,7 @@ def serve(
     prune_layers: Sequence[int] | None = None,
     default: str | None = None,
     default_model: Callable[[], DefaultModel] | None = None,
+    presets: Mapping[str, Any] | None = None,
 ) -> None:
     """Run `vllm serve` in this process with the pruning engine.
 
@@ -69,36 +73,81 @@ def serve(
         prune_layers: As in `engine_arguments`.
         default: As in `engine_arguments`.
         default_model: Called where the arguments name no model; without it vLLM chooses one.
+        presets: As in `engine_arguments`.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
         VersionError: vLLM is missing or not a tested version.
     """
+    command = vllm_arguments(arguments, prune_layers, default, presets)
+    sys.argv = ["vllm", "serve", *_prepare(command, arguments, default_model)]
+    _run_serve()
+
+
+def start_offline(
+    arguments: Sequence[str],
+    prune_layers: Sequence[int] | None = None,
+    default_model: Callable[[], DefaultModel] | None = None,
+) -> Any:
+    """Start the pruning engine in this process and return vLLM's `LLM`.
+
+    Requests are batched alike in each run, which a core in a process of its own does not promise:
+    it begins with the first request while the others are still on their way.
+
+    Args:
+        arguments: Arguments of `vllm serve`; those that concern its HTTP server do nothing.
+        prune_layers: As in `engine_arguments`.
+        default_model: As in `serve`.
+
+    Raises:
+        ConfigurationError: The arguments set what only we can set.
+        VersionError: vLLM is missing or not a tested version.
+    """
+    # vLLM reads them when it is imported
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    command = _prepare(vllm_arguments(arguments, prune_layers), arguments, default_model)
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsed = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(command)
+    if parsed.model_tag is not None:
+        parsed.model = parsed.model_tag
+    return LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
+
+
+def _prepare(
+    command: list[str],
+    arguments: Sequence[str],
+    default_model: Callable[[], DefaultModel] | None,
+) -> list[str]:
+    """Make this process ready for vLLM, and return its command with the model it lacks."""
     check_version()
-    command = vllm_arguments(arguments, prune_layers, default)
     if _is_cpu_build():
         from tokenprune import triton_cpu
 
         triton_cpu.activate()
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
     from_file = _config_file(arguments)
-    if default_model is not None and not names_model(arguments, from_file):
-        command = [*default_model().before(arguments, from_file), *command]
-    sys.argv = ["vllm", "serve", *command]
-    _run_serve()
+    if default_model is None or names_model(arguments, from_file):
+        return command
+    return [*default_model().before(arguments, from_file), *command]
 
 
 def vllm_arguments(
     arguments: Sequence[str],
     prune_layers: Sequence[int] | None = None,
     default: str | None = None,
+    presets: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Return `arguments` with ours added.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
     """
-    ours = engine_arguments(prune_layers, default)
+    ours = engine_arguments(prune_layers, default, presets)
     # vLLM lets the command line replace a file's value, so ours must contain the file's
     file = _config_file(arguments)
     additional = file.get(_ADDITIONAL, {})

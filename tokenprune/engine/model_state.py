@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,13 @@ class StagedModelState(DefaultModelState):
 
     Attributes:
         step: What the runner computed for the batch at hand, or None when nothing is pruned.
+        before_encoder: Called before vLLM encodes the images of a step.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.step: StagedStep | None = None
+        self.before_encoder: Callable[[], None] = lambda: None
         self._groups: list[list[int]] = [[]]
         self._seq_lens = torch.zeros(0)
 
@@ -65,6 +67,11 @@ class StagedModelState(DefaultModelState):
         self._seq_lens = torch.zeros(
             (len(self._groups), self.max_num_reqs), dtype=torch.int32, device=self.device
         )
+
+    def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Encode and gather images, those first that are to be scored."""
+        self.before_encoder()
+        return super().prepare_inputs_embeds(*args, **kwargs)
 
     def prepare_attn(
         self,

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from tokenprune.engine.cache_layout import KNOWN_BACKENDS
 from tokenprune.engine.compaction import Compactor
 from tokenprune.engine.config import engine_shape, settings
+from tokenprune.engine.importance import ImageScorer, ScoredEncoderCache
 from tokenprune.engine.kv_cache import StagedAttentionSpec
 from tokenprune.engine.model_state import StagedModelState, StagedStep, stage_groups
 from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
@@ -43,6 +44,8 @@ class PruningModelRunner(GPUModelRunner):
         super().__init__(*args, **kwargs)
         self._shape = engine_shape(self.vllm_config)
         self._settings = settings(self.vllm_config)
+        if self._shape.importance_unsupported is None:
+            self.encoder_cache = ScoredEncoderCache()
         self._staged: StagedPrefill | None = None
         self._pruning_step = False
         self._compactor: Compactor | None = None
@@ -93,8 +96,14 @@ class PruningModelRunner(GPUModelRunner):
         self.model_state = StagedModelState(
             self.vllm_config, self.model, self.encoder_cache, self.device
         )
+        scorer = None
+        if isinstance(self.encoder_cache, ScoredEncoderCache):
+            scorer = ImageScorer(
+                self.vllm_config, self.model, self.encoder_cache, self.device, self.stats
+            )
         if self._shape.unsupported is None:
-            self._staged = StagedPrefill(self.model, self._shape, self.device, self.stats)
+            self._staged = StagedPrefill(self.model, self._shape, self.device, self.stats, scorer)
+            self.model_state.before_encoder = self._staged.score_images
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Initialise, then let pruning steps bypass CUDA graphs."""

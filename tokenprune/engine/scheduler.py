@@ -82,6 +82,10 @@ class PruningScheduler(AsyncScheduler):
         **kwargs: Any,
     ) -> Any:
         plan = self._plans.get(request.request_id)
+        if plan is not None and plan.visual is not None:
+            end = plan.visual.chunk_end(num_computed_tokens + num_new_tokens)
+            # none is left where an image comes next that must wait for a step with more room
+            num_new_tokens = end - num_computed_tokens
         if plan is None or not plan.needs_whole_prompt or num_computed_tokens > 0:
             return super()._try_schedule_encoder_inputs(
                 request,

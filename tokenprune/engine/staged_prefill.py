@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 
+from tokenprune.engine.image_rows import ImagedRequest
+from tokenprune.engine.importance import ImageScorer
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PrunedRequest, StageRows, known_rows
 from tokenprune.kernels import instruction_attention
@@ -54,7 +56,9 @@ class _Armed:
     full_starts: np.ndarray
     stages: list[StageRows]
     choosing: list[_Choosing]
-    known: dict[int, list[np.ndarray]]
+    # per request whose rows are known before the first layer, its rows at each stage
+    known: dict[int, list[Tensor]]
+    imaged: list[ImagedRequest]
     stage: int = 0
     # rows of the current stage as indices into the step's rows; None while all are present
     rows: Tensor | None = None
@@ -70,8 +74,14 @@ class StagedPrefill:
     """The hooks on one model, and the state of the step they act in."""
 
     def __init__(
-        self, model: nn.Module, shape: EngineShape, device: torch.device, stats: WorkerStats
+        self,
+        model: nn.Module,
+        shape: EngineShape,
+        device: torch.device,
+        stats: WorkerStats,
+        scorer: ImageScorer | None = None,
     ) -> None:
+        self._scorer = scorer
         self._shape = shape
         self._device = device
         self._stats = stats
@@ -94,7 +104,9 @@ class StagedPrefill:
         stages: list[StageRows],
     ) -> None:
         """Make the hooks act in the coming forward pass."""
-        choosing, known = [], {}
+        choosing: list[_Choosing] = []
+        known: dict[int, list[Tensor]] = {}
+        imaged: list[ImagedRequest] = []
         for i, request in enumerate(requests):
             start, count = int(computed[i]), int(scheduled[i])
             if request is None or not request.drops_rows(start):
@@ -104,7 +116,12 @@ class StagedPrefill:
             assert visual is not None
             assert isinstance(policy, VisualPolicy)
             if visual.ranks is not None:
-                known[i] = known_rows(request, start, count)
+                rows = known_rows(request, start, count)
+                known[i] = [torch.from_numpy(r.astype(np.int64)).to(self._device) for r in rows]
+                continue
+            if visual.images:
+                assert self._scorer is not None, "the scheduler must not plan what we cannot do"
+                imaged.append(ImagedRequest.of(i, request, start, count, self._scorer))
                 continue
             assert start == 0, "the scheduler must keep this prompt whole"
             mask = np.zeros(request.layout.num_tokens, dtype=bool)
@@ -121,11 +138,17 @@ class StagedPrefill:
                 )
             )
         full_starts = np.concatenate([[0], np.cumsum(scheduled)])
-        self._armed = _Armed(full_starts, stages, choosing, known)
+        self._armed = _Armed(full_starts, stages, choosing, known, imaged)
 
     def disarm(self) -> None:
         """Make the hooks return at once again."""
         self._armed = None
+
+    def score_images(self) -> None:
+        """Score the images of the coming forward pass; called before vLLM encodes any."""
+        if self._armed is not None and self._scorer is not None:
+            for item in self._armed.imaged:
+                item.score(self._scorer)
 
     def _skip_compiled(self, module: nn.Module, args: Any) -> None:
         if self._armed is not None and not torch.compiler.is_compiling():
@@ -143,11 +166,14 @@ class StagedPrefill:
             if armed.positions is not None:
                 positions = armed.positions
             if stage is not None:
+                folded = self._choose_images(hidden) if index == 0 else {}
                 kept = self._cut(stage, layer, positions, hidden, residual)
                 if kept is not None:
                     with self._stats.time("gather"):
                         positions = positions[..., kept]
                         hidden = hidden[kept]
+                        for first, features in folded.items():
+                            hidden[first : first + len(features)] = features
                         residual = residual[kept] if residual is not None else None
                         armed.rows = kept if armed.rows is None else armed.rows[kept]
                     armed.positions = positions
@@ -183,6 +209,20 @@ class StagedPrefill:
                 full.append(out.index_copy_(0, armed.rows, x))
         return tuple(full)
 
+    def _choose_images(self, hidden: Tensor) -> dict[int, Tensor]:
+        """Choose from the images of the step; return what becomes of their rows at stage 0."""
+        armed = self._armed
+        assert armed is not None
+        folded = {}
+        for item in armed.imaged:
+            begin = int(armed.full_starts[item.index])
+            with self._stats.time("select"):
+                rows, replaced = item.choose(hidden[begin : begin + item.count], len(armed.stages))
+            armed.known[item.index] = rows
+            first = int(armed.stages[0].starts[item.index])
+            folded.update({first + place: features for place, features in replaced.items()})
+        return folded
+
     def _prompt_rows(self, item: _Choosing, stage: int) -> slice:
         assert self._armed is not None
         starts = self._armed.stages[stage].starts
@@ -206,8 +246,8 @@ class StagedPrefill:
                 parts.append(torch.arange(begin, end, device=self._device))
             elif i in armed.known:
                 rows = armed.known[i]
-                kept = np.searchsorted(rows[stage - 1], rows[stage]) if stage else rows[stage]
-                parts.append(torch.from_numpy(kept.astype(np.int64)).to(self._device) + begin)
+                kept = torch.searchsorted(rows[stage - 1], rows[stage]) if stage else rows[stage]
+                parts.append(kept + begin)
             else:
                 item = choosing[i]
                 dropped = end - begin - int(count)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from vllm.platforms import current_platform
 
 from tokenprune.engine.compat import check_version
 from tokenprune.engine.config import check_supported
+from tokenprune.engine.last_hidden import LastHiddenRecorder
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -23,6 +27,7 @@ class PruningWorker(PlatformWorker):
         super().__init__(*args, **kwargs)
         check_version()
         check_supported(self.vllm_config)
+        self._last_hidden: LastHiddenRecorder | None = None
 
     def init_device(self) -> None:
         """Initialise the device and build our runner."""
@@ -42,6 +47,22 @@ class PruningWorker(PlatformWorker):
         from tokenprune.engine.runner import PruningModelRunner
 
         return PruningModelRunner(self.vllm_config, self.device)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run a step, and record hidden states if somebody asked for them."""
+        result = super().execute_model(scheduler_output)
+        if self._last_hidden is not None:
+            self._last_hidden.observe(scheduler_output, self.model_runner.execute_model_state)
+        return result
+
+    def tokenprune_record_last_hidden(self) -> None:
+        """Record the last hidden state of prompts that ask for it from now on."""
+        self._last_hidden = LastHiddenRecorder()
+
+    def tokenprune_take_last_hidden(self) -> list[dict[str, Any]]:
+        """Return what was recorded since the last call."""
+        assert self._last_hidden is not None, "recording must be switched on first"
+        return self._last_hidden.take()
 
     def tokenprune_kv_unsupported(self) -> str | None:
         """Return why KV tokens cannot be evicted in this worker, or None if they can."""

@@ -3,6 +3,10 @@
 Importing this package imports torch only; Triton follows when a kernel first runs.
 """
 
+from tokenprune.kernels.ops.attention_importance import (
+    attention_importance,
+    attention_importance_reference,
+)
 from tokenprune.kernels.ops.instruction_attention import (
     instruction_attention,
     instruction_attention_reference,
@@ -10,12 +14,16 @@ from tokenprune.kernels.ops.instruction_attention import (
 from tokenprune.kernels.ops.lag_compact import lag_compact, lag_compact_reference
 from tokenprune.kernels.ops.lag_keep import lag_keep, lag_keep_reference
 from tokenprune.kernels.ops.lag_scores import lag_scores, lag_scores_reference
+from tokenprune.kernels.ops.patch_entropy import patch_entropy, patch_entropy_reference
+from tokenprune.kernels.ops.recycle import recycle, recycle_reference
 from tokenprune.kernels.ops.transition_scores import (
     transition_scores,
     transition_scores_reference,
 )
 
 __all__ = [
+    "attention_importance",
+    "attention_importance_reference",
     "instruction_attention",
     "instruction_attention_reference",
     "lag_compact",
@@ -24,6 +32,10 @@ __all__ = [
     "lag_keep_reference",
     "lag_scores",
     "lag_scores_reference",
+    "patch_entropy",
+    "patch_entropy_reference",
+    "recycle",
+    "recycle_reference",
     "transition_scores",
     "transition_scores_reference",
 ]

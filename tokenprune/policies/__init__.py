@@ -4,7 +4,10 @@ import importlib
 import pkgutil
 
 from tokenprune.policies.base import (
+    CropInputs,
     EngineShape,
+    ImageInputs,
+    ImagePlan,
     PlanSkipped,
     Policy,
     SelectInputs,
@@ -15,7 +18,10 @@ from tokenprune.policies.base import (
 from tokenprune.policies.eviction import KVPlan, KVPolicy, PartitionInputs
 
 __all__ = [
+    "CropInputs",
     "EngineShape",
+    "ImageInputs",
+    "ImagePlan",
     "KVPlan",
     "KVPolicy",
     "PartitionInputs",

@@ -10,7 +10,7 @@ Ties, for every method: the higher score first, then the lower index; kept indic
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
@@ -36,6 +36,7 @@ class EngineShape:
         unsupported: Why visual tokens cannot be pruned in this model, or None.
         kv_unsupported: Why KV tokens cannot be evicted in this engine, or None.
         max_model_len: Longest context, or None where nothing bounds it.
+        importance_unsupported: Why patches cannot be scored in this model's vision tower, or None.
     """
 
     num_layers: int
@@ -44,6 +45,7 @@ class EngineShape:
     unsupported: str | None = None
     kv_unsupported: str | None = None
     max_model_len: int | None = None
+    importance_unsupported: str | None = None
 
     @property
     def prune_layers(self) -> tuple[int, ...]:
@@ -72,6 +74,21 @@ class PlanSkipped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """How many tokens of one image each stage keeps.
+
+    Attributes:
+        start: Prompt position of its first token.
+        end: Position behind its last token.
+        kept: Its tokens kept, per engine stage.
+    """
+
+    start: int
+    end: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class VisualPlan:
     """How many visual tokens each stage keeps.
 
@@ -81,12 +98,21 @@ class VisualPlan:
         ranks: Per engine stage the kept visual tokens, counted from the first visual token of
             the prompt, ascending; None where the choice needs the prompt's tensors.
         lengths: The physical lengths that follow.
+        images: Counts of each image, ascending, where each is chosen from by itself. Which tokens
+            stay is then known before the decoder runs, but not from integers: `lengths` names
+            the last tokens of an image in their place, so it holds wherever no image is cut in
+            two. `chunk_end` keeps to that.
     """
 
     cuts: tuple[tuple[int, float], ...]
     kept: tuple[int, ...]
     ranks: tuple[tuple[int, ...], ...] | None
     lengths: PhysicalLengths
+    images: tuple[ImagePlan, ...] = ()
+
+    def chunk_end(self, end: int) -> int:
+        """Return the last position up to `end` before which a chunk of the prompt may end."""
+        return next((i.start for i in self.images if i.start < end < i.end), end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +133,45 @@ class SelectInputs:
     instruction_attention: Callable[[], Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class CropInputs:
+    """One crop as the vision tower sees it: the whole image, a tile of it, or a frame.
+
+    Attributes:
+        query: `[H, N, D]` queries of the tower's last executed layer, without a class token.
+        key: `[H, N, D]` keys.
+        scale: Factor of the logits.
+        pixels: Returns the crop, uint8 `[3, height, width]`.
+        patch: Side of a patch in pixels.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    pixels: Callable[[], Tensor]
+    patch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInputs:
+    """What the worker hands to `select_image`: one image before the decoder's first layer.
+
+    Attributes:
+        kept: Tokens to keep, per engine stage, not increasing.
+        features: `[N, C]` its tokens.
+        importance: `[N]` float32, from `score_crop`, laid out as the features are; infinite for
+            tokens that separate the rows of the image.
+        grids: `(tokens, width)` of the grids of tokens behind each other.
+        is_video: Whether these are the frames of a video.
+    """
+
+    kept: tuple[int, ...]
+    features: Tensor
+    importance: Tensor
+    grids: tuple[tuple[int, int], ...]
+    is_video: bool
+
+
 class Policy(BaseModel, abc.ABC):
     """A named method with its parameters; immutable once made.
 
@@ -123,17 +188,165 @@ class VisualPolicy(Policy):
     """A method that drops visual tokens at cuts between decoder layers, during prefill.
 
     A cut before layer `b` means that layers `b` and later neither compute nor cache the dropped
-    tokens. Every ratio counts from the *original* number of visual tokens, rounded down.
+    tokens. Every ratio of a cut counts from the *original* number of visual tokens, rounded down.
 
-    Subclasses set `needs_whole_prompt` when the choice depends on the whole prompt, and
-    override `select` (and `observe`) then; otherwise they override `keep_ranks`.
+    The choice is made in one of three ways:
+
+    * from integers alone: override `keep_ranks`;
+    * from the whole prompt (`needs_whole_prompt`): override `select`, and `observe`;
+    * from each image by itself (`chooses_per_image`): override `score_key`, `score_crop` and
+      `select_image`. Counts are rounded per image, and a chunk of the prompt never ends inside one.
     """
 
     axis: ClassVar[Axis] = "visual"
     needs_whole_prompt: ClassVar[bool] = False
+    chooses_per_image: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def cuts(self, engine: EngineShape) -> tuple[tuple[int, float], ...]:
+        """Return `(layer, keep ratio)` of each cut, on the engine's boundaries.
+
+        Raises:
+            PolicyError: A layer of `prune_layers` is no boundary, or the engine has none.
+        """
+
+    def snapped(
+        self, engine: EngineShape, layers: list[int] | None, published: Iterable[float]
+    ) -> tuple[int, ...]:
+        """Return the layers asked for, or the boundaries nearest to the published ones.
+
+        Args:
+            engine: Where.
+            layers: Value of `prune_layers`.
+            published: Where the method's authors cut, as shares of the depth.
+
+        Raises:
+            PolicyError: A layer asked for is no boundary, or the engine has none.
+        """
+        if not engine.prune_layers:
+            raise PolicyError(
+                "visual pruning needs stage boundaries, got an engine without any; "
+                "start it with --prune-layers",
+                "pruning.visual.method",
+            )
+        if layers is None:
+            return tuple(_nearest(engine.prune_layers, p * engine.num_layers) for p in published)
+        wrong = [b for b in layers if b not in engine.boundaries]
+        if wrong:
+            raise PolicyError(
+                "pruning.visual.prune_layers must be among the engine's boundaries "
+                f"{list(engine.boundaries)}, got {wrong}",
+                "pruning.visual.prune_layers",
+            )
+        return tuple(layers)
+
+    def plan(self, prompt: PromptLayout, engine: EngineShape) -> VisualPlan:
+        """Count what each stage keeps.
+
+        Raises:
+            PlanSkipped: There is nothing to prune, or this prompt cannot be pruned.
+            PolicyError: The schedule does not fit the engine.
+        """
+        # before the schedule: without support there are no boundaries by default either
+        if engine.unsupported is not None:
+            raise PlanSkipped("model_unsupported")
+        cuts = self.cuts(engine)
+        total = prompt.num_visual
+        if total == 0:
+            raise PlanSkipped("no_visual_tokens")
+        # the first token is sampled from the last row of the prompt, so that row must survive
+        if prompt.num_text_after == 0:
+            raise PlanSkipped("no_text_after_image")
+        if self.needs_whole_prompt and prompt.num_tokens > engine.max_num_batched_tokens:
+            raise PlanSkipped("prompt_exceeds_batch")
+        if self.chooses_per_image:
+            return self._plan_images(prompt, engine, cuts)
+
+        kept = _kept(total, cuts, engine)
+        ranks: tuple[tuple[int, ...], ...] | None = None
+        dropped: tuple[tuple[int, ...] | int, ...]
+        if self.needs_whole_prompt:
+            dropped = tuple(total - k for k in kept)
+        else:
+            ranks = self._nested_ranks(total, kept)
+            positions = prompt.visual_positions()
+            dropped = tuple(
+                tuple(positions[r] for r in sorted(set(range(total)).difference(stage)))
+                for stage in ranks
+            )
+        return VisualPlan(cuts, kept, ranks, PhysicalLengths(prompt.num_tokens, dropped))
+
+    def _plan_images(
+        self, prompt: PromptLayout, engine: EngineShape, cuts: tuple[tuple[int, float], ...]
+    ) -> VisualPlan:
+        if engine.importance_unsupported is not None:
+            raise PlanSkipped("importance_unsupported")
+        spans = prompt.visual_spans
+        if max(end - start for start, end in spans) > engine.max_num_batched_tokens:
+            raise PlanSkipped("image_exceeds_batch")
+        images = tuple(
+            ImagePlan(start, end, _kept(end - start, cuts, engine)) for start, end in spans
+        )
+        stages = range(len(engine.boundaries))
+        dropped = tuple(
+            tuple(p for i in images for p in range(i.start + i.kept[stage], i.end))
+            for stage in stages
+        )
+        kept = tuple(sum(i.kept[stage] for i in images) for stage in stages)
+        lengths = PhysicalLengths(prompt.num_tokens, dropped)
+        return VisualPlan(cuts, kept, None, lengths, images)
+
+    def _nested_ranks(self, total: int, kept: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        stages, current = [], tuple(range(total))
+        for keep in kept:
+            if keep < len(current):
+                current = tuple(current[i] for i in self.keep_ranks(len(current), keep))
+            stages.append(current)
+        return tuple(stages)
+
+    def keep_ranks(self, num_visual: int, keep: int) -> list[int]:
+        """Return which `keep` of `num_visual` tokens survive a cut, ascending, without tensors."""
+        raise NotImplementedError(f"{type(self).__name__} chooses by tensors")
+
+    def observed_layers(self, engine: EngineShape) -> range:
+        """Layers whose sub-modules `observe` wants to see, 0-based."""
+        return range(0)
+
+    def observe(self, x_in: Tensor, x_out: Tensor, visual: Tensor) -> Tensor:
+        """Score one sub-module: `[n, C]`, `[n, C]`, bool `[n]` -> float32 `[n_visual]`."""
+        raise NotImplementedError(f"{type(self).__name__} observes no layer")
+
+    def select(self, inputs: SelectInputs) -> Tensor:
+        """Return the indices of the kept visual tokens, int64 `[keep]`, ascending."""
+        raise NotImplementedError(f"{type(self).__name__} chooses without tensors")
+
+    def score_key(self) -> Hashable:
+        """Return what `score_crop` depends on besides the crop; equal keys share their scores."""
+        raise NotImplementedError(f"{type(self).__name__} scores no image")
+
+    def score_crop(self, inputs: CropInputs) -> Tensor:
+        """Return the importance of a crop's patches, float32 `[N]`."""
+        raise NotImplementedError(f"{type(self).__name__} scores no image")
+
+    def select_image(self, inputs: ImageInputs) -> tuple[list[Tensor], Tensor]:
+        """Choose the tokens of one image.
+
+        Returns:
+            Per engine stage the indices of the kept tokens, int64 `[kept]`, ascending and each
+            among those of the stage before; and the features of the first stage's tokens,
+            `[kept[0], C]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores no image")
+
+
+class ScheduledPolicy(VisualPolicy):
+    """A visual method with TransPrune's schedule of cuts.
+
+    Baselines share it, so equal `keep_ratio` means equal work and only the choice differs.
+    """
 
     # TransPrune's published schedule, "High" (arXiv 2507.20630: cuts after layers 7, 9, 12 of
-    # 32). Baselines share it, so equal `keep_ratio` means equal work and only the choice differs.
+    # 32)
     published_depth: ClassVar[int] = 32
     published_layers: ClassVar[tuple[int, ...]] = (7, 9, 12)
     published_ratios: ClassVar[tuple[float, ...]] = (0.875, 0.625, 0.125)
@@ -159,7 +372,7 @@ class VisualPolicy(Policy):
     )
 
     @model_validator(mode="after")
-    def _check_schedule(self) -> VisualPolicy:
+    def _check_schedule(self) -> ScheduledPolicy:
         layers, ratios = self.prune_layers, self.keep_ratios
         if layers is not None and layers != sorted(set(layers)):
             raise ValueError(f"prune_layers must ascend without repeats, got {layers}")
@@ -182,26 +395,8 @@ class VisualPolicy(Policy):
         Raises:
             PolicyError: A layer of `prune_layers` is no boundary, or the engine has none.
         """
-        if not engine.prune_layers:
-            raise PolicyError(
-                "visual pruning needs stage boundaries, got an engine without any; "
-                "start it with --prune-layers",
-                "pruning.visual.method",
-            )
-        if self.prune_layers is not None:
-            wrong = [b for b in self.prune_layers if b not in engine.boundaries]
-            if wrong:
-                raise PolicyError(
-                    "pruning.visual.prune_layers must be among the engine's boundaries "
-                    f"{list(engine.boundaries)}, got {wrong}",
-                    "pruning.visual.prune_layers",
-                )
-            layers = tuple(self.prune_layers)
-        else:
-            layers = tuple(
-                _nearest(engine.prune_layers, p * engine.num_layers / self.published_depth)
-                for p in self.published_layers
-            )
+        published = (p / self.published_depth for p in self.published_layers)
+        layers = self.snapped(engine, self.prune_layers, published)
         # where two published cuts snap to one boundary the later, deeper one holds
         return tuple(dict(zip(layers, self._ratios(len(layers)), strict=True)).items())
 
@@ -217,72 +412,24 @@ class VisualPolicy(Policy):
         early = (1 - (1 - self.keep_ratio) * share for share in shape[:-1])
         return (*early, self.keep_ratio)
 
-    def plan(self, prompt: PromptLayout, engine: EngineShape) -> VisualPlan:
-        """Count what each stage keeps.
 
-        Raises:
-            PlanSkipped: There is nothing to prune, or this prompt cannot be pruned.
-            PolicyError: The schedule does not fit the engine.
-        """
-        # before the schedule: without support there are no boundaries by default either
-        if engine.unsupported is not None:
-            raise PlanSkipped("model_unsupported")
-        cuts = self.cuts(engine)
-        total = prompt.num_visual
-        if total == 0:
-            raise PlanSkipped("no_visual_tokens")
-        # the first token is sampled from the last row of the prompt, so that row must survive
-        if prompt.num_text_after == 0:
-            raise PlanSkipped("no_text_after_image")
-        if self.needs_whole_prompt and prompt.num_tokens > engine.max_num_batched_tokens:
-            raise PlanSkipped("prompt_exceeds_batch")
-
-        counts = {layer: max(1, int(total * ratio)) for layer, ratio in cuts}
-        kept, current = [], total
-        for boundary in engine.boundaries:
-            current = counts.get(boundary, current)
-            kept.append(current)
-
-        ranks: tuple[tuple[int, ...], ...] | None = None
-        dropped: tuple[tuple[int, ...] | int, ...]
-        if self.needs_whole_prompt:
-            dropped = tuple(total - k for k in kept)
-        else:
-            ranks = self._nested_ranks(total, kept)
-            positions = prompt.visual_positions()
-            dropped = tuple(
-                tuple(positions[r] for r in sorted(set(range(total)).difference(stage)))
-                for stage in ranks
-            )
-        return VisualPlan(cuts, tuple(kept), ranks, PhysicalLengths(prompt.num_tokens, dropped))
-
-    def _nested_ranks(self, total: int, kept: list[int]) -> tuple[tuple[int, ...], ...]:
-        stages, current = [], tuple(range(total))
-        for keep in kept:
-            if keep < len(current):
-                current = tuple(current[i] for i in self.keep_ranks(len(current), keep))
-            stages.append(current)
-        return tuple(stages)
-
-    def keep_ranks(self, num_visual: int, keep: int) -> list[int]:
-        """Return which `keep` of `num_visual` tokens survive a cut, ascending, without tensors."""
-        raise NotImplementedError(f"{type(self).__name__} chooses by tensors")
-
-    def observed_layers(self, engine: EngineShape) -> range:
-        """Layers whose sub-modules `observe` wants to see, 0-based."""
-        return range(0)
-
-    def observe(self, x_in: Tensor, x_out: Tensor, visual: Tensor) -> Tensor:
-        """Score one sub-module: `[n, C]`, `[n, C]`, bool `[n]` -> float32 `[n_visual]`."""
-        raise NotImplementedError(f"{type(self).__name__} observes no layer")
-
-    def select(self, inputs: SelectInputs) -> Tensor:
-        """Return the indices of the kept visual tokens, int64 `[keep]`, ascending."""
-        raise NotImplementedError(f"{type(self).__name__} chooses without tensors")
+def _kept(total: int, cuts: tuple[tuple[int, float], ...], engine: EngineShape) -> tuple[int, ...]:
+    """Return what each stage keeps of `total` tokens, at least one."""
+    counts = {layer: max(1, int(total * ratio)) for layer, ratio in cuts}
+    kept, current = [], total
+    for boundary in engine.boundaries:
+        current = counts.get(boundary, current)
+        kept.append(current)
+    return tuple(kept)
 
 
 def _nearest(boundaries: tuple[int, ...], layer: float) -> int:
     return min(boundaries, key=lambda b: (abs(b - layer), b))
+
+
+def top_ranks(score: Tensor, keep: int) -> Tensor:
+    """Return the indices of the `keep` highest scores, ascending; ties keep the lower index."""
+    return score.sort(descending=True, stable=True).indices[:keep].sort().values
 
 
 PolicyT = TypeVar("PolicyT", bound=Policy)

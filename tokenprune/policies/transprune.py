@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from tokenprune.policies.base import EngineShape, SelectInputs, VisualPolicy, register_policy
+from tokenprune.policies.base import (
+    EngineShape,
+    ScheduledPolicy,
+    SelectInputs,
+    register_policy,
+    top_ranks,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +39,7 @@ _EPS = 1e-8  # the released code's guard of the rescaling
 
 
 @register_policy
-class TransPrune(VisualPolicy):
+class TransPrune(ScheduledPolicy):
     """Keep the top tokens by `alpha * TTV + (1 - alpha) * IGA`.
 
     The scores need the whole prompt in one step, so the prompt may not be longer than the
@@ -80,8 +86,3 @@ class TransPrune(VisualPolicy):
         if self.form == "code":
             ttv, iga = ttv / (ttv.sum() + _EPS), iga / (iga.sum() + _EPS)
         return self.alpha * ttv + (1 - self.alpha) * iga
-
-
-def top_ranks(score: Tensor, keep: int) -> Tensor:
-    """Return the indices of the `keep` highest scores, ascending; ties keep the lower index."""
-    return score.sort(descending=True, stable=True).indices[:keep].sort().values

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from tokenprune.policies.base import VisualPolicy, register_policy
+from tokenprune.policies.base import ScheduledPolicy, register_policy
 
 
 @register_policy
-class RandomVisual(VisualPolicy):
+class RandomVisual(ScheduledPolicy):
     """Keep a random subset of the surviving visual tokens at each cut.
 
     The draw depends on `seed` and the counts alone, so the API process, the scheduler and the

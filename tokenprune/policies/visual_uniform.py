@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tokenprune.policies.base import VisualPolicy, register_policy
+from tokenprune.policies.base import ScheduledPolicy, register_policy
 
 
 @register_policy
-class UniformVisual(VisualPolicy):
+class UniformVisual(ScheduledPolicy):
     """Keep every n-th of the surviving visual tokens at each cut.
 
     Of `N` tokens the survivors are those at `floor((i + 1/2) N / keep)`, which leaves equal

@@ -1,0 +1,241 @@
+"""recycle: keep the most important tokens and fold the others into one per cell of the grid.
+
+    low      = the tokens not kept for themselves, grouped by cell of `cell` x `cell` tokens
+    slot     = the most important low token of a cell, which stays in its place
+    feature  = sum over the cell's low tokens of w_i x_i,      w_i = I_i / sum I
+
+As many tokens are low as give exactly `keep` rows: of the tokens in descending importance the
+first T stay as they are, and T is the number for which T plus the cells that hold the others is
+`keep`. With fewer rows than cells, the most important representatives stay, and the other cells
+are lost. Negative importances weigh nothing; a cell without weight is averaged evenly.
+A token of infinite importance (a line break of the image) is in no cell.
+Ties: the lower index is more important.
+
+Source: VFlowOpt, arXiv 2508.05211, stage 0; code sihany077/VFlowOpt@129eeef, which fixes the
+number of low tokens beforehand by the area of the grid, so that the number of rows varies with
+the cells that happen to be occupied.
+The choice is made by sorts and counts on the device, without waiting for it; the kernel folds
+each row in a fixed order in float32, and the reference differs by rounding only. Rows that stay
+as they are come out bit for bit.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, no_type_check
+
+import torch
+from torch import Tensor
+
+from tokenprune.kernels.ops.launch import (
+    ceil_div,
+    choose_backend,
+    describe,
+    device_guard,
+    next_power_of_2,
+)
+
+if TYPE_CHECKING:
+    import triton.language as tl  # noqa: F401 - mypy resolves the annotations of the kernels
+
+
+def recycle(
+    features: Tensor,
+    importance: Tensor,
+    grid_width: int | Sequence[tuple[int, int]],
+    keep: int,
+    cell: float,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose `keep` of an image's tokens and fold the others into them.
+
+    Args:
+        features: `[n, d]` tokens, row by row of their grid; any float dtype.
+        importance: `[n]` float, not NaN; infinity marks a token that stays and folds nothing.
+        grid_width: Tokens of a grid row; or `(tokens, width)` of several grids that lie behind
+            each other, as the base and the tiles of an image do. Cells never span two grids.
+        keep: Rows to return, in `1..n`.
+        cell: Side of a cell in tokens, above 0; need not be a whole number.
+        backend: `torch`, `triton` (CUDA, or the interpreter), or None to choose by device.
+
+    Returns:
+        The indices of the kept tokens, ascending, int64 `[keep]`, and their features
+        `[keep, d]` in the dtype of `features`.
+
+    Raises:
+        ValueError: A shape, dtype, device, count or name is not as above.
+    """
+    grids = [(len(features), grid_width)] if isinstance(grid_width, int) else list(grid_width)
+    _check(features, importance, grids, keep, cell)
+    chosen = choose_backend(backend, features.device)
+    cells, num_cells = _cells(grids, cell, features.device)
+    kept, slot, weight = _choose(importance, cells, num_cells, keep)
+    fold = _fold if chosen == "torch" else _fold_triton
+    return kept, fold(features, slot, weight, keep).to(features.dtype)
+
+
+def recycle_reference(
+    features: Tensor,
+    importance: Tensor,
+    grid_width: int | Sequence[tuple[int, int]],
+    keep: int,
+    cell: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute `recycle` in torch: in float32, or in float64 for float64 inputs."""
+    return recycle(features, importance, grid_width, keep, cell, backend="torch")
+
+
+def _cells(
+    grids: Sequence[tuple[int, int]], cell: float, device: torch.device
+) -> tuple[Tensor, int]:
+    """Return the cell of every token, and how many cells there can be."""
+    parts, first = [], 0
+    for tokens, width in grids:
+        index = torch.arange(tokens, device=device)
+        across = math.floor((width - 1) / cell) + 1
+        down = math.floor((ceil_div(tokens, width) - 1) / cell) + 1
+        row, column = index // width, index % width
+        at = [torch.floor(x.double() / cell).long() for x in (row, column)]
+        parts.append(first + at[0] * across + at[1])
+        first += across * down
+    return torch.cat(parts), first
+
+
+def _choose(
+    importance: Tensor, cells: Tensor, num_cells: int, keep: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return kept indices, and per token the kept row it goes to (`keep` for none) and its weight.
+
+    Weights are relative: a row divides by the sum over its tokens.
+    """
+    n, device = len(importance), importance.device
+    order = importance.sort(descending=True, stable=True).indices
+    index = torch.arange(n, device=device)
+    rank = torch.empty_like(order).scatter_(0, order, index)
+    stays = importance == math.inf
+
+    def per_cell(value: Tensor, start: int, reduce: str) -> Tensor:
+        return torch.full((num_cells,), start, device=device).scatter_reduce_(
+            0, cells, value, reduce
+        )
+
+    # a cell holds low tokens as long as T does not exceed the rank of its least important one
+    last = per_cell(torch.where(stays, -1, rank), -1, "amax")
+    gone = torch.zeros(n + 1, dtype=torch.int64, device=device)
+    gone = gone.scatter_add_(0, last + 1, torch.ones_like(last)).cumsum(0)
+    rows = torch.arange(n + 1, device=device) + num_cells - gone
+    # each further T adds one row or none, so every count from the number of cells on is met
+    at_most = torch.maximum((rows <= keep).sum() - 1, stays.sum())
+    low = rank >= at_most
+    best = per_cell(torch.where(low, rank, n), n, "amin")
+    represents = low & (rank == best[cells])
+    kept = torch.where(low & ~represents, rank + n, rank).argsort()[:keep].sort().values
+
+    place = torch.full((n + 1,), keep, device=device)
+    place[kept] = torch.arange(keep, device=device)
+    representative = torch.cat([order, order.new_full((1,), n)])[best[cells]]
+    slot = place[torch.where(low, representative, index)]
+    dtype = torch.promote_types(importance.dtype, torch.float32)
+    weight = torch.where(low, importance.to(dtype).clamp_min(0), 1.0)
+    return kept, slot, weight
+
+
+def _fold(features: Tensor, slot: Tensor, weight: Tensor, keep: int) -> Tensor:
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    # the row behind the last takes the tokens that go nowhere
+    total = weight.new_zeros(keep + 1).index_add_(0, slot, weight)[slot]
+    count = weight.new_zeros(keep + 1).index_add_(0, slot, torch.ones_like(weight))[slot]
+    share = torch.where(total > 0, weight / total, 1 / count)
+    out = torch.zeros(keep + 1, features.shape[1], dtype=dtype, device=features.device)
+    return out.index_add_(0, slot, features.to(dtype) * share.to(dtype)[:, None])[:keep]
+
+
+def _fold_triton(features: Tensor, slot: Tensor, weight: Tensor, keep: int) -> Tensor:
+    d = features.shape[1]
+    ordered = slot.sort(stable=True)
+    rows = torch.arange(keep + 1, device=slot.device)
+    begin = torch.searchsorted(ordered.values, rows)
+    block_d = min(next_power_of_2(d), 1024)
+    out = torch.empty(keep, d, dtype=torch.float32, device=features.device)
+    with device_guard(features):
+        _kernel()[(keep, ceil_div(d, block_d))](
+            *(features, ordered.indices, begin, weight.float()),  # inputs
+            out,  # output
+            *(d, *features.stride()),
+            BLOCK_D=block_d,
+        )
+    return out
+
+
+@functools.cache
+@no_type_check
+def _kernel():
+    # triton is imported and its kernel is decorated on first use: the torch form needs neither
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def fold_kernel(
+        features_ptr,
+        members_ptr,
+        begin_ptr,
+        weight_ptr,
+        out_ptr,
+        d,
+        stride_n,
+        stride_d,
+        BLOCK_D: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        begin = tl.load(begin_ptr + row)
+        end = tl.load(begin_ptr + row + 1)
+        weighted = tl.zeros([BLOCK_D], tl.float32)
+        plain = tl.zeros([BLOCK_D], tl.float32)
+        total = 0.0
+        for at in range(begin, end):
+            member = tl.load(members_ptr + at)
+            weight = tl.load(weight_ptr + member)
+            at_x = member * stride_n + column.to(tl.int64) * stride_d
+            x = tl.load(features_ptr + at_x, mask=column < d, other=0.0).to(tl.float32)
+            weighted += weight * x
+            plain += x
+            total += weight
+        count = (end - begin).to(tl.float32)
+        # a token that stays as it is must not be multiplied and divided by its weight
+        even = (total <= 0) | (count == 1)
+        folded = tl.where(even, plain / count, weighted / tl.where(even, 1.0, total))
+        tl.store(out_ptr + row * d + column, folded, mask=column < d)
+
+    return fold_kernel
+
+
+def _check(
+    features: Tensor,
+    importance: Tensor,
+    grids: Sequence[tuple[int, int]],
+    keep: int,
+    cell: float,
+) -> None:
+    if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
+        raise ValueError(
+            f"features must be 2-D [n, d] of a float dtype, not empty, got {describe(features)}"
+        )
+    n = len(features)
+    if (
+        importance.shape != (n,)
+        or not importance.is_floating_point()
+        or importance.device != features.device
+    ):
+        raise ValueError(
+            f"importance must be float [{n}] on {features.device}, one entry per row of features, "
+            f"got {describe(importance)}"
+        )
+    if sum(tokens for tokens, _ in grids) != n or any(t < 1 or w < 1 for t, w in grids):
+        raise ValueError(f"grids must hold the {n} tokens in rows of at least one, got {grids}")
+    if not 1 <= keep <= n:
+        raise ValueError(f"keep must be within 1..{n}, got {keep}")
+    if not 0 < cell < math.inf:
+        raise ValueError(f"cell must be a number of tokens above 0, got {cell}")

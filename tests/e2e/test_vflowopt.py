@@ -1,0 +1,355 @@
+"""VFlowOpt in the engine: the same rows and folded features as a loop, in chunks, from a cache."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.e2e.oracle import Oracle, Pruned
+from tests.e2e.support import (
+    COMPARE,
+    DESCRIBE,
+    SHAPE,
+    TEXT,
+    TOLERANCE,
+    WIDE,
+    Answer,
+    Ask,
+    Engine,
+    image,
+    layout_of,
+    policy_of,
+    visual,
+)
+from tokenprune.demo.checkpoint import build_checkpoint
+from tokenprune.policies import ImageInputs
+from tokenprune.policies.vflowopt import VFlowOpt
+
+pytestmark = pytest.mark.vllm
+
+# see test_batches
+ROUNDING = 2e-5
+# room for one image of 144 tokens and some text
+CHUNK = 192
+
+
+def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any]:
+    keys = visual("vflowopt", keep_ratio or 0, **parameters)
+    if keep_ratio is None:
+        del keys["pruning_visual_keep_ratio"]
+    return keys
+
+
+def assert_like_oracle(
+    oracle: Oracle, ask: Ask, answer: Answer, pictures: list[Any] | None = None
+) -> dict[int, list[int]]:
+    images = pictures or [image(s) for s in ask.images]
+    pruned = None
+    if ask.pruning:
+        _, rows = oracle.embed(ask.prompt, images)
+        pruned = Pruned.like(policy_of(ask.pruning), layout_of(rows), SHAPE)
+    trace = oracle.run(ask.prompt, images, answer.tokens, pruned)
+    for step, (expected, found) in enumerate(zip(trace.logprobs, answer.logprobs, strict=True)):
+        for token, logprob in found.items():
+            assert math.isclose(float(expected[token]), logprob, abs_tol=TOLERANCE), step
+    return trace.kept
+
+
+STORY = "USER: <image>\nA first one. <image> Then another, <image>\nWhich was it?\nASSISTANT:"
+# the map of random weights is flat: few patches receive much more than the mean
+CASES = {
+    "defaults": Ask(DESCRIBE, (1,), vflowopt(0.25)),
+    "keeps-all": Ask(DESCRIBE, (1,), vflowopt(1)),
+    "some-key-patches": Ask(DESCRIBE, (2,), vflowopt(0.3, threshold=1.5, cell=3)),
+    "entropy": Ask(DESCRIBE, (3,), vflowopt(0.3, threshold=1.5, alpha=2.0)),
+    "less-entropy": Ask(DESCRIBE, (3,), vflowopt(0.3, threshold=1.5, alpha=-2.0)),
+    "fractional-cells": Ask(DESCRIBE, (4,), vflowopt(0.5, threshold=1.2, cell=2.5)),
+    "one-cell": Ask(DESCRIBE, (4,), vflowopt(0.1, cell=40)),
+    "more-cells-than-rows": Ask(DESCRIBE, (4,), vflowopt(0.1, cell=1)),
+    "stages": Ask(DESCRIBE, (5,), vflowopt(None, stages=[0.7, 0.5, 0.2])),
+    "before-layer-0-alone": Ask(DESCRIBE, (5,), vflowopt(None, stages=[0.2, 1, 1])),
+    "later-cuts-alone": Ask(DESCRIBE, (5,), vflowopt(None, stages=[1, 0.5, 0.5])),
+    "own-layers": Ask(DESCRIBE, (5,), vflowopt(0.3, prune_layers=[2, 5])),
+    "one-token-left": Ask(DESCRIBE, (6,), vflowopt(0.001)),
+    "two-images": Ask(COMPARE, (1, 2), vflowopt(0.3, threshold=1.5)),
+    "same-image-twice": Ask(COMPARE, (3, 3), vflowopt(0.2, threshold=1.5)),
+    "three-images": Ask(STORY, (1, 7, 2), vflowopt(0.2, threshold=1.4, cell=4)),
+    "off": Ask(COMPARE, (1, 2)),
+    "text": Ask(TEXT),
+    "transprune": Ask(DESCRIBE, (1,), visual("transprune", 0.25)),
+}
+CHUNKED = [name for name in CASES if name != "transprune"]
+
+
+@pytest.fixture(scope="module")
+def answers(engine: Engine) -> dict[str, Answer]:
+    """All cases in one batch."""
+    found = dict(zip(CASES, engine.ask(*CASES.values()), strict=True))
+    assert engine.blocks_missing == 0
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engine_equals_a_transformers_loop_with_the_same_rows_and_folded_features(
+    answers: dict[str, Answer], oracle: Oracle, name: str
+) -> None:
+    kept = assert_like_oracle(oracle, CASES[name], answers[name])
+    assert bool(kept) == (name not in ("off", "text", "keeps-all"))
+
+
+def test_a_batch_equals_each_request_alone(engine: Engine, answers: dict[str, Answer]) -> None:
+    for name, ask in CASES.items():
+        engine.llm.reset_prefix_cache()
+        (alone,) = engine.ask(ask)
+        assert alone.agrees_with(answers[name], ROUNDING), name
+        assert engine.blocks_missing == 0
+
+
+def test_parameters_change_the_answer_so_the_comparison_can_fail(
+    engine: Engine, answers: dict[str, Answer]
+) -> None:
+    ask = CASES["some-key-patches"]
+    assert ask.pruning is not None
+    changes: list[dict[str, Any]] = [{"threshold": 0.0}, {"alpha": 5.0}, {"cell": 6}]
+    others = [
+        replace(ask, pruning=ask.pruning | vflowopt(0.3, cell=3) | vflowopt(0.3, **c))
+        for c in changes
+    ]
+    for change, other in zip(changes, engine.ask(*others), strict=True):
+        assert not other.agrees_with(answers["some-key-patches"]), change
+
+
+def tower_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the images of each run of the vision tower."""
+    runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    model, runs = runner.model_runner.model, []
+    embed = model.embed_multimodal
+
+    def counted(**kwargs: Any) -> Any:
+        runs.append(len(kwargs["pixel_values"]))
+        return embed(**kwargs)
+
+    monkeypatch.setattr(model, "embed_multimodal", counted)
+    return runs
+
+
+def encoder_cache(engine: Engine) -> Any:
+    executor = engine.llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner.encoder_cache
+
+
+def test_an_image_in_the_encoder_cache_keeps_the_same_tokens_without_another_run(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picked: list[list[list[int]]] = []
+    select = VFlowOpt.select_image
+
+    def recorded(self: VFlowOpt, inputs: ImageInputs) -> tuple[list[torch.Tensor], torch.Tensor]:
+        stages, features = select(self, inputs)
+        picked.append([stage.tolist() for stage in stages])
+        return stages, features
+
+    monkeypatch.setattr(VFlowOpt, "select_image", recorded)
+    runs = tower_runs(engine, monkeypatch)
+    ask = Ask(DESCRIBE, (20,), vflowopt(0.3, threshold=1.5))
+    (first,) = engine.ask(ask)
+    assert runs == [1]
+    (second,) = engine.ask(ask)
+    (elsewhere,) = engine.ask(Ask(COMPARE, (21, 20), ask.pruning))
+    assert runs == [1, 1]
+    assert first == second
+    assert picked[0] == picked[1] == picked[3] != picked[2]
+    assert elsewhere.tokens
+
+
+def test_an_image_cached_without_scores_is_scored_by_one_more_run(
+    engine: Engine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tower_runs(engine, monkeypatch)
+    engine.ask(Ask(DESCRIBE, (22,)))
+    assert runs == [1]
+    ask = Ask(DESCRIBE, (22,), vflowopt(0.3, threshold=1.5))
+    for _ in range(2):
+        (answer,) = engine.ask(ask)
+        assert_like_oracle(oracle, ask, answer)
+    assert runs == [1, 1]
+    # other parameters of the map are another map of the image; other counts are not
+    engine.ask(replace(ask, pruning=vflowopt(0.3, threshold=2.5)))
+    engine.ask(replace(ask, pruning=vflowopt(0.1, threshold=2.5, cell=3)))
+    assert runs == [1, 1, 1]
+
+
+def test_requests_that_ask_for_no_scores_leave_none(engine: Engine) -> None:
+    cache = encoder_cache(engine)
+    before = dict(cache.maps)
+    engine.ask(Ask(DESCRIBE, (30,), visual("uniform")), Ask(DESCRIBE, (31,)))
+    assert cache.maps == before
+    assert len(cache.encoder_outputs) > len(before)
+
+
+@pytest.fixture(scope="module")
+def cramped(checkpoint: Path) -> Iterator[Engine]:
+    """An engine that must cut prompts into chunks, preempt, and forget images."""
+    engine = Engine(
+        checkpoint,
+        max_num_batched_tokens=CHUNK,
+        max_model_len=512,
+        num_gpu_blocks_override=140,
+        max_num_seqs=6,
+    )
+    yield engine
+    engine.close()
+
+
+def chunks_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the tokens of each step of a request."""
+    scheduler, seen = engine.scheduler, []
+    schedule = scheduler.schedule
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        seen.extend(output.num_scheduled_tokens.values())
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", watched)
+    return seen
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunked_prefill_equals_prefill_in_one_step(
+    answers: dict[str, Answer], cramped: Engine, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cramped.llm.reset_prefix_cache()
+    chunks = chunks_of(cramped, monkeypatch)
+    (answer,) = cramped.ask(CASES[name])
+    assert answer.agrees_with(answers[name], ROUNDING)
+    prefill = [n for n in chunks if n > 1]
+    assert len(prefill) >= len(CASES[name].images)
+    assert cramped.blocks_missing == 0
+
+
+def test_chunks_end_outside_images(
+    cramped: Engine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = CASES["three-images"]
+    _, rows = oracle.embed(ask.prompt, [image(s) for s in ask.images])
+    spans = layout_of(rows).visual_spans
+    inside = {p for start, end in spans for p in range(start + 1, end)}
+    chunks = chunks_of(cramped, monkeypatch)
+
+    def ends() -> set[int]:
+        return set(itertools.accumulate(n for n in chunks if n > 1))
+
+    cramped.ask(ask)
+    assert len(ends()) >= 3
+    assert not ends() & inside
+    chunks.clear()
+    cramped.ask(replace(ask, pruning=visual("uniform")))
+    assert ends() & inside, "chunks of other methods are cut anywhere"
+
+
+def test_all_requests_together_in_chunks_equal_each_alone(
+    answers: dict[str, Answer], cramped: Engine
+) -> None:
+    asks = [CASES[name] for name in CHUNKED]
+    for name, answer in zip(CHUNKED, cramped.ask(*asks), strict=True):
+        assert answer.agrees_with(answers[name], ROUNDING), name
+    assert cramped.blocks_missing == 0
+    assert not cramped.scheduler._plans
+
+
+def test_preempted_requests_end_as_if_they_had_run_alone(
+    cramped: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks = [
+        Ask(DESCRIBE, (seed,), pruning, max_tokens=150)
+        for seed in (1, 2, 3)
+        for pruning in (vflowopt(0.5, threshold=1.5), None)
+    ]
+    alone = [cramped.ask(ask)[0] for ask in asks]
+    preempted = []
+    preempt = cramped.scheduler._preempt_request
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        preempted.append(1)
+        return preempt(*args, **kwargs)
+
+    monkeypatch.setattr(cramped.scheduler, "_preempt_request", counted)
+    together = cramped.ask(*asks)
+    assert preempted, "the pool must be too small for all of them"
+    for ask, expected, answer in zip(asks, alone, together, strict=True):
+        assert answer.agrees_with(expected, 1e-3), ask
+    assert cramped.blocks_missing == 0
+
+
+def test_maps_go_when_their_image_leaves_the_encoder_cache(cramped: Engine) -> None:
+    cache = encoder_cache(cramped)
+    ask = Ask(DESCRIBE, (50,), vflowopt(0.3))
+    (first,) = cramped.ask(ask)
+    (name,) = list(cache.maps)[-1:]
+    # it holds the tokens of a few images
+    for seed in range(60, 75):
+        cramped.ask(Ask(DESCRIBE, (seed,), vflowopt(0.3), max_tokens=1))
+    assert name not in cache.maps
+    assert set(cache.maps) <= set(cache.encoder_outputs)
+    (again,) = cramped.ask(ask)
+    assert again.agrees_with(first, ROUNDING)
+
+
+def test_the_frames_of_a_video_equal_their_oracle(tmp_path: Path) -> None:
+    path = Path(build_checkpoint(tmp_path / "model", architecture="llava_onevision"))
+    oracle = Oracle(path)
+    engine = Engine(path, limit_mm_per_prompt={"image": 1, "video": 1})
+    film = np.stack([np.asarray(image(seed)) for seed in (1, 2, 1, 3)])
+    prompt = "USER: <video>\nWhat happens, and is it in <image>\n?\nASSISTANT:"
+    try:
+        for pruning in (None, vflowopt(0.3, threshold=1.5), vflowopt(0.2, alpha=1.5)):
+            ask = Ask(prompt, (), pruning)
+            data = {"video": [film], "image": [image(5)]}
+            (answer,) = engine.ask_with(ask, data)
+            assert_like_oracle(oracle, ask, answer, [film, image(5)])
+        assert engine.blocks_missing == 0
+    finally:
+        engine.close()
+
+
+FAMILIES = [
+    pytest.param("llama", "llava_next", id="llava-next"),
+    pytest.param("qwen2", "llava_onevision", id="llava-onevision"),
+]
+
+
+@pytest.mark.parametrize(("family", "architecture"), FAMILIES)
+def test_tiles_and_line_breaks_equal_their_oracle(
+    family: Any, architecture: Any, tmp_path: Path
+) -> None:
+    path = Path(build_checkpoint(tmp_path / "model", family=family, architecture=architecture))
+    oracle, engine = Oracle(path), Engine(path)
+    try:
+        asks = [
+            Ask(DESCRIBE, (1,)),
+            Ask(DESCRIBE, (1,), vflowopt(0.3)),
+            Ask(DESCRIBE, (WIDE,), vflowopt(0.3, threshold=1.5, cell=5)),
+            Ask(DESCRIBE, (WIDE,), vflowopt(0.5, threshold=1.5, alpha=1.0)),
+            Ask(DESCRIBE, (WIDE,), vflowopt(0.01)),
+            Ask(COMPARE, (WIDE + 1, 2), vflowopt(0.2, threshold=1.5)),
+        ]
+        for ask, answer in zip(asks, engine.ask(*asks), strict=True):
+            kept = assert_like_oracle(oracle, ask, answer)
+            if ask.pruning and ask.images == (WIDE,):
+                importance, grids = oracle.importance(image(WIDE), 1.5, 0)
+                assert grids[1][0] < 4 * 144 + 24, "the wide picture must be unpadded"
+                breaks = [i for i, x in enumerate(importance) if math.isinf(x)]
+                first = kept[0]
+                assert set(breaks) <= set(first) or set(first) <= set(breaks)
+        assert engine.blocks_missing == 0
+    finally:
+        engine.close()

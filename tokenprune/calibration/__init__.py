@@ -1,0 +1,1 @@
+"""`tokenprune calibrate`: find a method's parameters for one model, without labels."""
