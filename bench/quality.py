@@ -7,7 +7,7 @@ Held-out questions of `bench/demo_model` go to `tokenprune serve` over the OpenA
 several at a time; an answer counts if it matches exactly. `off`, `random` and `uniform` are in
 every table. A sample of each cell is answered again by a transformers loop that drops the same
 rows. An interrupted run goes on where it stopped, from answers.jsonl in the output folder; without
---out, questions about pictures and about documents have a folder each.
+--out, each axis of pruning has a folder of its own.
 --quick asks fewer questions, keeps no answers unless --out is given, and fails where the
 unpruned model is worse than accuracy.json beside the weights says. Words after `--` go to
 `tokenprune serve`.
@@ -41,9 +41,9 @@ from bench.quality_output import summarize, write_results
 from bench.quality_serve import ask_server, bar, server_arguments
 from bench.quality_store import HF, SERVED, Answers, code_hash, model_hash
 from bench.quality_tasks import (
+    AXES,
     HF_AXES,
     OFF,
-    SUBJECTS,
     TASKS,
     Cell,
     Item,
@@ -51,7 +51,6 @@ from bench.quality_tasks import (
     all_methods,
     item,
     make_cells,
-    subject_of,
     tasks_at,
 )
 from tokenprune.demo.builtin import FOLDER
@@ -60,9 +59,6 @@ from tokenprune.errors import TokenPruneError
 DEFAULT_OUT = Path("bench/results/quality")
 # the gate is about the unpruned model; a few pruned questions show that pruning runs
 QUICK_RATIOS, QUICK_HF = (0.25,), 1
-# a document takes as long as five pictures
-PRUNED_N = {"pictures": 500, "documents": 200}
-QUICK_PRUNED_N = {"pictures": 25, "documents": 8}
 
 Work = list[tuple[Cell, Item]]
 
@@ -77,7 +73,15 @@ def check_with_hf(model: Path, work: Work, answers: Answers, console: Console) -
             advance(cell)
 
 
-def measure(options: argparse.Namespace, console: Console, out: Path, subjects: list[str]) -> int:
+def questions_of(options: argparse.Namespace, cell: Cell) -> int:
+    """Return how many questions are asked in a cell."""
+    axis, unpruned = AXES[cell.axis], cell.method == OFF
+    if options.quick:
+        return options.n or QUICK_N if unpruned else axis.quick_n
+    return options.n or (axis.n if unpruned else axis.pruned_n)
+
+
+def measure(options: argparse.Namespace, console: Console, out: Path, axes: Sequence[str]) -> int:
     model = model_hash(options.model)
     if find_spec("matplotlib") is None:
         # before an hour of questions, not after it
@@ -90,34 +94,30 @@ def measure(options: argparse.Namespace, console: Console, out: Path, subjects: 
         reached.picture if options.picture_level is None else options.picture_level,
         reached.text if options.text_level is None else options.text_level,
     )
-    cells = make_cells(options.tasks or tasks_at(levels), options.methods, options.keep_ratios)
-    cells = [cell for cell in cells if subject_of(cell.task) in subjects]
+    shown = options.tasks or tasks_at(levels)
+    cells = make_cells(shown, options.methods, options.keep_ratios, axes)
     if not cells:
         return 0
+    most = {cell: questions_of(options, cell) for cell in cells}
+    n = max(most.values())
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     recorded: dict[str, float] = {}
     if options.quick:
         # a missing record is told now, not after all questions
-        recorded = expected(record, model, options.seed, levels, options.n)
+        recorded = expected(record, model, options.seed, levels, n)
     serving = server_arguments(options.model, options.serve)
     header: dict[str, Any] = {"model": model, "seed": options.seed, "server": serving}
     with Answers(out / "answers.jsonl", {**header, "code": code_hash()}) as answers:
         questions = {
-            name: [item(name, index, options.seed, levels) for index in range(options.n)]
-            for name in tasks
+            name: [item(name, index, options.seed, levels) for index in range(n)] for name in tasks
         }
-        asked = {
-            cell: questions[cell.task][
-                : options.n if cell.method == OFF else options.pruned_n[subject_of(cell.task)]
-            ]
-            for cell in cells
-        }
+        asked = {cell: questions[cell.task][: most[cell]] for cell in cells}
 
         def missing(by: str, most: int) -> Work:
             pairs = [(cell, one) for cell, items in asked.items() for one in items[:most]]
             return [(c, i) for c, i in pairs if answers.get(c, i.index, by, i.digest) is None]
 
-        if work := missing(SERVED, options.n):
+        if work := missing(SERVED, n):
             ask_server(
                 *(options.model, serving, work, answers),
                 seed=options.seed,
@@ -131,10 +131,10 @@ def measure(options: argparse.Namespace, console: Console, out: Path, subjects: 
         summary = summarize(
             model=model,
             seed=options.seed,
-            n=options.n,
-            pruned_n=sorted({len(items) for cell, items in asked.items() if cell.method != OFF}),
+            n=n,
+            pruned_n=sorted({most[cell] for cell in cells if cell.method != OFF}),
             levels=levels,
-            subjects=subjects,
+            axes=axes,
             runs=answers.runs,
         )
         shown = write_results(out, quality_report.with_pools(rows), summary)
@@ -152,6 +152,10 @@ def measure(options: argparse.Namespace, console: Console, out: Path, subjects: 
     if options.quick and not failures:
         console.print(f"No task lost more than {GATE_POINTS:g} points unpruned.")
     return 1 if failures else 0
+
+
+def _listed(ratios: Sequence[float]) -> str:
+    return ",".join(f"{ratio:g}" for ratio in ratios)
 
 
 def _names(text: str) -> list[str]:
@@ -173,18 +177,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "bench.quality", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
+    ratios = "; ".join(f"{name} {_listed(axis.keep_ratios)}" for name, axis in AXES.items())
+    numbers = "; ".join(f"{name} {axis.n}, pruned {axis.pruned_n}" for name, axis in AXES.items())
     add("--model", type=Path, default=FOLDER, help="folder of the checkpoint; default: built-in")
     add("--tasks", type=_names, help=f"default: all at the level of {','.join(TASKS)}")
     add("--methods", type=_names, help="where a task's axis has them; default: all there are")
-    add("--keep-ratios", type=_ratios, help="default: 0.5,0.25,0.125")
-    add("-n", type=_positive, help="questions a cell; default: 500, of pruned documents 200")
+    add("--keep-ratios", type=_ratios, help=f"default: {ratios}")
+    add("-n", type=_positive, help=f"questions a cell; default: {numbers}")
     add("--hf", type=int, help="of those, checked by transformers, default 20")
     add("--concurrency", type=_positive, default=16, help="requests at a time")
     add("--seed", type=int, default=0, help="of the questions")
     reached = "difficulty; default: what training reached"
     add("--picture-level", type=int, choices=range(LEVELS["picture"]), help=reached)
     add("--text-level", type=int, choices=range(LEVELS["text"]), help=reached)
-    add("--out", type=Path, help=f"default: a subject's folder in {DEFAULT_OUT}")
+    add("--out", type=Path, help=f"default: a folder per axis in {DEFAULT_OUT}")
     add("--fresh", action="store_true", help="forget the answers in --out")
     add("--quick", action="store_true", help="few questions, none remembered; for CI")
     add("--record", action="store_true", help=f"write {RECORD} beside the weights")
@@ -194,12 +200,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.serve = ours[cut + 1 :]
     quick = options.quick
     options.methods = options.methods or all_methods()
-    options.pruned_n = dict.fromkeys(SUBJECTS, options.n) if options.n else PRUNED_N
-    if quick:
-        options.pruned_n = QUICK_PRUNED_N
-    options.n = options.n or (QUICK_N if quick else 500)
     options.hf = (QUICK_HF if quick else 20) if options.hf is None else options.hf
-    options.keep_ratios = options.keep_ratios or (QUICK_RATIOS if quick else [0.5, 0.25, 0.125])
+    options.keep_ratios = options.keep_ratios or (QUICK_RATIOS if quick else None)
     return options
 
 
@@ -214,16 +216,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.quick and options.out is None:
             # answers of older code would hide what the newest broke
             with tempfile.TemporaryDirectory() as folder:
-                return measure(options, console, Path(folder), list(SUBJECTS))
+                return measure(options, console, Path(folder), list(AXES))
         if options.out is not None:
-            runs = {options.out: list(SUBJECTS)}
+            runs = {options.out: list(AXES)}
         else:
-            runs = {DEFAULT_OUT / subject: [subject] for subject in SUBJECTS}
+            runs = {DEFAULT_OUT / axis: [axis] for axis in AXES}
         status = 0
-        for out, subjects in runs.items():
+        for out, axes in runs.items():
             if options.fresh:
                 (out / "answers.jsonl").unlink(missing_ok=True)
-            status = max(status, measure(options, console, out, subjects))
+            status = max(status, measure(options, console, out, axes))
         return status
     except TokenPruneError as error:
         console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)

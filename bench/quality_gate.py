@@ -111,7 +111,7 @@ def add_served(
     before = record.get("served", {})
     same = ("model", "seed", "picture_level", "text_level", "questions")
     if all(before.get(key) == served[key] for key in same):
-        # the other subject's tasks were asked in a run of their own
+        # the other axes' tasks were asked in a run of their own
         for new, old in ((served, before), (served["first"], before["first"])):
             new["accuracy"] = {**old["accuracy"], **new["accuracy"]}
     write_whole(folder / RECORD, json.dumps({**record, "served": served}, indent=2) + "\n")

@@ -29,7 +29,7 @@ def summarize(
     n: int,
     pruned_n: Sequence[int],
     levels: Levels,
-    subjects: Sequence[str],
+    axes: Sequence[str],
     runs: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return what the rows alone do not say."""
@@ -38,7 +38,7 @@ def summarize(
         "seed": seed,
         "n": n,
         "pruned_n": list(pruned_n),
-        "subjects": list(subjects),
+        "axes": list(axes),
         "picture_level": levels.picture,
         "text_level": levels.text,
         "runs": list(runs),
@@ -55,14 +55,14 @@ def facts(summary: Mapping[str, Any]) -> str:
     pictures = PICTURE_LEVELS[summary["picture_level"]]
     kv = ", ".join(f"{key} {value}" for key, value in KV_PARAMETERS.items())
     about = {
-        "pictures": f"up to {pictures.most} things a picture",
-        "documents": f"documents of up to {TEXT_LEVELS[summary['text_level']].tokens} tokens, "
+        "visual": f"up to {pictures.most} things a picture",
+        "kv": f"documents of up to {TEXT_LEVELS[summary['text_level']].tokens} tokens, "
         f"KV methods with {kv}",
     }
     return (
         f"{summary['n']} held-out questions a cell"
         + (f", {few} where pruned" if few not in ("", str(summary["n"])) else "")
-        + f", greedy answers; {', '.join(about[s] for s in summary['subjects'])}. "
+        + f", greedy answers; {', '.join(about[axis] for axis in summary['axes'])}. "
         f"Model {summary['model'][:12]}, seed {summary['seed']}, commit {', '.join(commits)}. "
         "*tokens*: kept of seen, mean over layers and prompts. *right*: exact matches, with 95 % "
         "Wilson intervals. *HF*: sampled answers that equal those of a transformers loop which "

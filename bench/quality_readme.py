@@ -65,16 +65,16 @@ def by_task(rows: Sequence[Row], ratio: float) -> str:
     return table(lines)
 
 
-def committed_block(subject: str, model: Path, results: Path) -> str:
-    """Return the text that the results of a subject give.
+def committed_block(axis: str, model: Path, results: Path) -> str:
+    """Return the text that the results of an axis give.
 
     Raises:
         TokenPruneError: They are missing or damaged, or not of this model.
     """
-    rows, summary = read_results(results / subject)
+    rows, summary = read_results(results / axis)
     if (found := summary["model"]) != (wanted := model_hash(model)):
         raise TokenPruneError(
-            f"the results in {results / subject} must be of the model in {model}, {wanted[:12]}, "
+            f"the results in {results / axis} must be of the model in {model}, {wanted[:12]}, "
             f"got those of {found[:12]}; measure again with: make quality"
         )
-    return block(rows, summary, f"{FOLDER}/{subject}")
+    return block(rows, summary, f"{FOLDER}/{axis}")

@@ -15,11 +15,37 @@ from tokenprune.policies import policies
 
 OFF = "off"
 BASELINES = ("random", "uniform", "streaming")
-_AXES = ("visual", "kv", "channels")
 # what the transformers loop knows how to drop; other axes have no check yet
 HF_AXES = ("visual",)
 # documents are shorter than two partitions of the default size; the paper advises 128 or more
 KV_PARAMETERS = {"sink": 16, "lag": 128}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How an axis of pruning is measured.
+
+    Attributes:
+        tasks: What is asked; a document has no visual tokens to lose, and a picture prompt is too
+            short to tell KV methods apart.
+        keep_ratios: Shares asked for.
+        n: Questions a cell, unpruned.
+        pruned_n: Questions a cell where pruned; a document takes as long as five pictures.
+        quick_n: The same with --quick, which is about the unpruned model.
+    """
+
+    tasks: tuple[str, ...]
+    keep_ratios: tuple[float, ...]
+    n: int
+    pruned_n: int
+    quick_n: int
+
+
+# each has results of its own: what a change cannot touch need not be asked again
+AXES = {
+    "visual": Axis(questions.PICTURE_FAMILIES, (0.5, 0.25, 0.1), 500, 500, 25),
+    "kv": Axis(documents.TEXT_FAMILIES, (0.5, 0.25, 0.125), 500, 200, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -28,29 +54,22 @@ class Task:
 
     Attributes:
         name: As in the training data.
-        axes: What pruning is measured on; a document has no visual tokens to lose, and a picture
-            prompt is too short to tell KV methods apart.
         max_tokens: Room for the longest answer; the trained model ends earlier by itself.
     """
 
     name: str
-    axes: tuple[str, ...]
     max_tokens: int
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What pruning is measured on."""
+        return tuple(name for name, axis in AXES.items() if self.name in axis.tasks)
 
 
 TASKS = {
-    **{name: Task(name, ("visual",), 16) for name in questions.PICTURE_FAMILIES},
-    **{name: Task(name, ("kv", "channels"), 96) for name in documents.TEXT_FAMILIES},
+    **{name: Task(name, 16) for name in questions.PICTURE_FAMILIES},
+    **{name: Task(name, 96) for name in documents.TEXT_FAMILIES},
 }
-
-
-# each has results of its own: what a change cannot touch need not be asked again
-SUBJECTS = {"pictures": questions.PICTURE_FAMILIES, "documents": documents.TEXT_FAMILIES}
-
-
-def subject_of(task: str) -> str:
-    """Return what a task's prompts are about."""
-    return next(subject for subject, tasks in SUBJECTS.items() if task in tasks)
 
 
 @dataclass(frozen=True)
@@ -170,16 +189,20 @@ class Cell:
 
 def all_methods() -> list[str]:
     """Return every method of every axis, the baselines first."""
-    known = dict.fromkeys(method for axis in _AXES for method in policies(axis))
+    known = dict.fromkeys(method for axis in AXES for method in policies(axis))
     return [*BASELINES, *(method for method in known if method not in BASELINES)]
 
 
 def make_cells(
-    tasks: Sequence[str], methods: Sequence[str], keep_ratios: Sequence[float]
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    keep_ratios: Sequence[float] | None = None,
+    axes: Sequence[str] = tuple(AXES),
 ) -> list[Cell]:
-    """Return every row: a method goes where an axis of the task has it, `off` everywhere.
+    """Return every row: a method goes where one of the task's `axes` has it, `off` everywhere.
 
-    `off` and the baselines are in every table, asked for or not.
+    `off` and the baselines are in every table, asked for or not. Without `keep_ratios` they are
+    those of the axis.
 
     Raises:
         TokenPruneError: A task, method or keep ratio is unknown or out of range.
@@ -191,19 +214,19 @@ def make_cells(
     for method in methods:
         if method not in known:
             raise TokenPruneError(f"unknown method {method!r}; known: {', '.join(sorted(known))}")
-    for ratio in keep_ratios:
+    for ratio in keep_ratios or ():
         if not 0 < ratio < 1:
             raise TokenPruneError(f"keep ratios must be in (0, 1), got {ratio:g}")
     ordered = dict.fromkeys((*BASELINES, *(m for m in methods if m != OFF)))
     cells = []
     for name in tasks:
-        axes = TASKS[name].axes
-        cells.append(Cell(name, axes[0], OFF, 1.0))
+        shown = [axis for axis in TASKS[name].axes if axis in axes]
+        cells += [Cell(name, axis, OFF, 1.0) for axis in shown[:1]]
         cells += [
             Cell(name, axis, method, ratio)
-            for axis in axes
+            for axis in shown
             for method in ordered
             if method in policies(axis)
-            for ratio in sorted(set(keep_ratios), reverse=True)
+            for ratio in sorted(set(keep_ratios or AXES[axis].keep_ratios), reverse=True)
         ]
     return cells

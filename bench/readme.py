@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import capacity, demo_tables
 from bench.quality_readme import committed_block
 from bench.quality_store import write_whole
-from bench.quality_tasks import SUBJECTS
+from bench.quality_tasks import AXES
 from tokenprune.demo.builtin import FOLDER
 from tokenprune.errors import TokenPruneError
 
@@ -32,10 +32,7 @@ def blocks() -> dict[str, str]:
     """
     return {
         "demo": demo_tables.tables(json.loads((RESULTS / "demo-cpu.json").read_text())),
-        **{
-            f"quality-{subject}": committed_block(subject, FOLDER, RESULTS / "quality")
-            for subject in SUBJECTS
-        },
+        **{f"quality-{axis}": committed_block(axis, FOLDER, RESULTS / "quality") for axis in AXES},
         "capacity": capacity.markdown(json.loads((RESULTS / "capacity-cpu.json").read_text())),
     }
 

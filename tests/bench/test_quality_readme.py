@@ -14,7 +14,7 @@ from bench.quality_output import FIGURES, SUMMARY, read_results, summarize, writ
 from bench.quality_readme import block, committed_block
 from bench.quality_report import Row, csv_text, read_csv, verdict, with_pools
 from bench.quality_store import model_hash
-from bench.quality_tasks import SUBJECTS, TASKS, Levels
+from bench.quality_tasks import AXES, Levels
 from tokenprune.errors import TokenPruneError
 from tokenprune.policies import policies
 
@@ -24,10 +24,9 @@ RIGHT = {
 }
 
 
-def make_rows(subject: str) -> list[Row]:
+def make_rows(axis: str) -> list[Row]:
     rows = []
-    for name in SUBJECTS[subject]:
-        axis = TASKS[name].axes[0]
+    for name in AXES[axis].tasks:
         rows.append(Row(name, axis, "off", 1.0, 500, RIGHT["off"], 144.0, 144.0, 20, 20, 20))
         rows += [
             Row(name, axis, method, ratio, 500, RIGHT[method], 144.0, 70.97, 20, 20, 19)
@@ -38,13 +37,13 @@ def make_rows(subject: str) -> list[Row]:
     return with_pools(rows)
 
 
-ROWS = make_rows("pictures")
+ROWS = make_rows("visual")
 RUN = {"git_sha": "0123456789abcdef", "git_dirty": False}
 
 
 def summary(**fields: Any) -> dict[str, Any]:
     values: dict[str, Any] = {"model": "a" * 64, "seed": 0, "n": 500, "pruned_n": [500]}
-    values |= {"levels": Levels(3, 6), "subjects": ["pictures"], "runs": [RUN]}
+    values |= {"levels": Levels(3, 6), "axes": ["visual"], "runs": [RUN]}
     return summarize(**{**values, **fields})
 
 
@@ -59,9 +58,9 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def results(tmp_path: Path, model: Path) -> Path:
-    for subject in SUBJECTS:
-        facts = summary(model=model_hash(model), subjects=[subject])
-        write_results(tmp_path / "results" / subject, make_rows(subject), facts)
+    for axis in AXES:
+        facts = summary(model=model_hash(model), axes=[axis])
+        write_results(tmp_path / "results" / axis, make_rows(axis), facts)
     return tmp_path / "results"
 
 
@@ -80,7 +79,7 @@ def test_the_block_fits_eighty_columns_and_names_everything() -> None:
     long = [line for line in text.splitlines() if len(line) > 80]
     assert long == []
     lines = {line[:10] for line in text.splitlines()}
-    assert {f"| {task.ljust(6)} |" for task in SUBJECTS["pictures"]} <= lines
+    assert {f"| {task.ljust(6)} |" for task in AXES["visual"].tasks} <= lines
     assert "0.25" in text
     assert "99.2 (98-100)" in text
     for name in ("quality.md", "quality.csv", "quality-visual.png"):
@@ -88,7 +87,7 @@ def test_the_block_fits_eighty_columns_and_names_everything() -> None:
 
 
 def test_documents_tell_how_kv_methods_were_set() -> None:
-    text = block(make_rows("documents"), summary(subjects=["documents"]), "folder")
+    text = block(make_rows("kv"), summary(axes=["kv"]), "folder")
     assert "KV methods with sink 16, lag 128." in " ".join(text.split())
     assert "](folder/quality-kv.png)" in text
     assert "things a picture" not in text
@@ -119,11 +118,11 @@ def test_the_verdict_tells_losses_too() -> None:
 
 
 def test_results_of_another_model_are_refused(results: Path, model: Path) -> None:
-    for subject in SUBJECTS:
-        assert f"(bench/results/quality/{subject}/" in committed_block(subject, model, results)
+    for axis in AXES:
+        assert f"(bench/results/quality/{axis}/" in committed_block(axis, model, results)
     (model / "model.safetensors").write_bytes(b"others")
     with pytest.raises(TokenPruneError, match="must be of the model"):
-        committed_block("pictures", model, results)
+        committed_block("visual", model, results)
 
 
 def drop(folder: Path, name: str) -> None:
@@ -153,9 +152,9 @@ def edit(folder: Path, name: str) -> None:
 def test_damaged_results_are_refused(
     damage: Callable[[Path, str], None], name: str, message: str, results: Path
 ) -> None:
-    damage(results / "pictures", name)
+    damage(results / "visual", name)
     with pytest.raises(TokenPruneError, match=f"{message}.*make quality"):
-        read_results(results / "pictures")
+        read_results(results / "visual")
 
 
 def test_the_summary_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,5 +166,5 @@ def test_the_summary_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_summary_holds_no_path_of_this_machine(results: Path) -> None:
-    text = (results / "pictures" / SUMMARY).read_text()
+    text = (results / "visual" / SUMMARY).read_text()
     assert str(results.parent) not in json.dumps(json.loads(text))

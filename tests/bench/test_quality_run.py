@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from bench import quality, quality_gate
+from bench import quality
 from bench.quality_store import SERVED, code_hash
+from bench.quality_tasks import AXES, Cell
 from tokenprune.demo.builtin import FOLDER
 
 
@@ -30,11 +31,15 @@ def test_words_after_two_dashes_go_to_the_server() -> None:
     assert (options.n, options.serve) == (7, ["--dtype", "auto", "--", "x"])
 
 
-def test_quick_is_smaller() -> None:
-    full, quick = (quality.parse(["--model", "m", *more]) for more in ((), ("--quick",)))
-    assert quick.n < full.n
-    assert quick.n == quality_gate.QUICK_N
-    assert len(quick.keep_ratios) < len(full.keep_ratios)
+@pytest.mark.parametrize("method", ["off", "random"])
+def test_quick_is_smaller(method: str) -> None:
+    full, quick, few = (quality.parse(more) for more in ([], ["--quick"], ["-n", "3"]))
+    for axis in AXES:
+        cell = Cell("", axis, method, 0.5)
+        assert quality.questions_of(quick, cell) < quality.questions_of(full, cell)
+        assert quality.questions_of(few, cell) == 3
+    assert full.keep_ratios is None
+    assert len(quick.keep_ratios) == 1
 
 
 def test_errors_are_one_line_and_status_two(

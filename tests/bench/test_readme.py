@@ -11,7 +11,7 @@ from bench.readme import blocks, with_block
 from tokenprune.errors import TokenPruneError
 
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
-NAMES = ["demo", "quality-pictures", "quality-documents", "capacity"]
+NAMES = ["demo", "quality-visual", "quality-kv", "capacity"]
 
 
 @pytest.fixture(scope="module")
@@ -62,5 +62,5 @@ def test_the_tool_writes_all_blocks_or_none(
     assert all(text in page.read_text() for text in texts.values())
     page.write_text(marks[0])
     assert readme.main(["--readme", str(page)]) == 2
-    assert "must hold <!-- quality-pictures:begin -->" in capsys.readouterr().err
+    assert "must hold <!-- quality-visual:begin -->" in capsys.readouterr().err
     assert page.read_text() == marks[0]
