@@ -79,7 +79,7 @@ class StagedManager(FullAttentionManager):
         if plan is None or plan.lengths is None:
             return num_tokens
         lengths, stage = plan.lengths, self.kv_cache_spec.stage
-        if lengths.eviction is None:
+        if not lengths.shrinks:
             return lengths.physical(num_tokens, stage)
         if all_steps:
             return lengths.highest_peak(num_tokens, self.max_step, stage)

@@ -105,7 +105,7 @@ class PruningScheduler(AsyncScheduler):
         """Free what the last step evicted, schedule a step, and add the checksum."""
         for request in self.running:
             plan = self._plans.get(request.request_id)
-            if plan is not None and plan.kv is not None:
+            if plan is not None and plan.lengths is not None and plan.lengths.shrinks:
                 for manager in self._managers:
                     manager.free_evicted(request.request_id, request.num_computed_tokens)
         output = super().schedule(*args, **kwargs)

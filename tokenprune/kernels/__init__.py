@@ -3,6 +3,7 @@
 Importing this package imports torch only; Triton follows when a kernel first runs.
 """
 
+from tokenprune.kernels.ops.channel_scores import channel_scores, channel_scores_reference
 from tokenprune.kernels.ops.instruction_attention import (
     instruction_attention,
     instruction_attention_reference,
@@ -10,12 +11,20 @@ from tokenprune.kernels.ops.instruction_attention import (
 from tokenprune.kernels.ops.lag_compact import lag_compact, lag_compact_reference
 from tokenprune.kernels.ops.lag_keep import lag_keep, lag_keep_reference
 from tokenprune.kernels.ops.lag_scores import lag_scores, lag_scores_reference
+from tokenprune.kernels.ops.packed_decode_attention import (
+    pack,
+    packed_decode_attention,
+    packed_decode_attention_reference,
+    places_of,
+)
 from tokenprune.kernels.ops.transition_scores import (
     transition_scores,
     transition_scores_reference,
 )
 
 __all__ = [
+    "channel_scores",
+    "channel_scores_reference",
     "instruction_attention",
     "instruction_attention_reference",
     "lag_compact",
@@ -24,6 +33,10 @@ __all__ = [
     "lag_keep_reference",
     "lag_scores",
     "lag_scores_reference",
+    "pack",
+    "packed_decode_attention",
+    "packed_decode_attention_reference",
+    "places_of",
     "transition_scores",
     "transition_scores_reference",
 ]

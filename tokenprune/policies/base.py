@@ -36,6 +36,10 @@ class EngineShape:
         unsupported: Why visual tokens cannot be pruned in this model, or None.
         kv_unsupported: Why KV tokens cannot be evicted in this engine, or None.
         max_model_len: Longest context, or None where nothing bounds it.
+        allow_channels: Whether the engine was started to prune KV channels.
+        channels_unsupported: Why KV channels cannot be pruned in this engine, or None.
+        head_size: Channels of a key, and of a value, in one head.
+        block_size: Slots of a KV block.
     """
 
     num_layers: int
@@ -44,6 +48,10 @@ class EngineShape:
     unsupported: str | None = None
     kv_unsupported: str | None = None
     max_model_len: int | None = None
+    allow_channels: bool = False
+    channels_unsupported: str | None = None
+    head_size: int = 0
+    block_size: int = 0
 
     @property
     def prune_layers(self) -> tuple[int, ...]:
