@@ -206,7 +206,8 @@ def _attention_triton(
             # the least that matrix units take
             BLOCK_G=max(16, next_power_of_2(group)),
             BLOCK_D=max(16, block_d),
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            # triton's interpreter multiplies the bit patterns of bfloat16 as integers
+            WIDEN=query.dtype == torch.bfloat16 and not query.is_cuda,
         )
         if splits > 1:
             _kernels()[1][(count, hq)](
@@ -239,14 +240,17 @@ def _kernels():
     import triton.language as tl
 
     @triton.jit
-    def _accumulate(q, k, v, valid, scale, acc, total, top, PRECISION: tl.constexpr):
+    def _accumulate(q, k, v, valid, scale, acc, total, top, WIDEN: tl.constexpr):
         """One tile of the online softmax; at least one of its keys is valid."""
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_G, BLOCK_T]
+        if WIDEN:
+            q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+        # [BLOCK_G, BLOCK_T]
+        logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         logits = tl.where(valid[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
         shrink = tl.exp(top - higher)
         weights = tl.exp(logits - higher[:, None])
-        mixed = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        mixed = tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
         return acc * shrink[:, None] + mixed, total * shrink + tl.sum(weights, axis=1), higher
 
     @triton.jit
@@ -278,7 +282,7 @@ def _kernels():
         BLOCK_T: tl.constexpr,
         BLOCK_G: tl.constexpr,
         BLOCK_D: tl.constexpr,
-        PRECISION: tl.constexpr,
+        WIDEN: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1).to(tl.int64)
@@ -328,7 +332,7 @@ def _kernels():
                 at = begin + value_place[None, :]
                 there = valid[:, None] & (value_place >= 0)[None, :]
                 v = tl.load(base + (at // full) * stride_cs + at % full, mask=there, other=0.0)
-                acc, total, top = _accumulate(q, k, v, valid, scale, acc, total, top, PRECISION)
+                acc, total, top = _accumulate(q, k, v, valid, scale, acc, total, top, WIDEN)
             for tile in range(tl.maximum(first, packed_tiles), last):
                 tokens = (tile - packed_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
                 valid = tokens < dense
@@ -339,7 +343,7 @@ def _kernels():
                 there = valid[:, None] & in_row[None, :]
                 k = tl.load(base, mask=there, other=0.0)
                 v = tl.load(base + d, mask=there, other=0.0)
-                acc, total, top = _accumulate(q, k, v, valid, scale, acc, total, top, PRECISION)
+                acc, total, top = _accumulate(q, k, v, valid, scale, acc, total, top, WIDEN)
 
             if SPLITS == 1:
                 at = token * stride_ot + heads_of_group[:, None] * stride_oh + cols[None, :]

@@ -23,6 +23,10 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
             "max_num_batched_tokens": engine.max_num_batched_tokens,
             "visual_unsupported": engine.unsupported,
             "kv_unsupported": engine.kv_unsupported,
+            "channels_allowed": engine.allow_channels,
+            "channels_unsupported": engine.channels_unsupported,
+            "head_size": engine.head_size,
+            "block_size": engine.block_size,
             "max_model_len": engine.max_model_len,
         },
     }

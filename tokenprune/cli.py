@@ -104,6 +104,14 @@ def serve(
             "Default: off.",
         ),
     ] = None,
+    allow_channel_pruning: Annotated[
+        bool,
+        typer.Option(
+            "--allow-channel-pruning",
+            "--allow_channel_pruning",
+            help="Let requests prune KV channels.",
+        ),
+    ] = False,
 ) -> None:
     """Serve MODEL over the OpenAI API, as vllm serve does, with per-request pruning.
 
@@ -113,7 +121,7 @@ def serve(
 
     from tokenprune.engine.launch import serve as run
 
-    run(context.args, layers, preset, _builtin_model)
+    run(context.args, layers, preset, _builtin_model, allow_channel_pruning)
 
 
 # the demo reads its own options, `--help` too

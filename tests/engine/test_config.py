@@ -189,6 +189,8 @@ def config(**changes):
             "is_hybrid": False,
             "is_attention_free": False,
             "is_encoder_decoder": False,
+            "dtype": torch.bfloat16,
+            "get_head_size": lambda: 128,
         },
         "scheduler_config": {
             "max_num_batched_tokens": 4096,
@@ -201,7 +203,11 @@ def config(**changes):
             "prefill_context_parallel_size": 1,
             "use_ubatching": False,
         },
-        "cache_config": {"kv_sharing_fast_prefill": False, "cache_dtype": "auto"},
+        "cache_config": {
+            "kv_sharing_fast_prefill": False,
+            "cache_dtype": "auto",
+            "block_size": 16,
+        },
     }
     whole = {
         "additional_config": {},

@@ -33,7 +33,9 @@ _PROCESSORS = "--logits-processors"
 
 
 def engine_arguments(
-    prune_layers: Sequence[int] | None = None, default: str | None = None
+    prune_layers: Sequence[int] | None = None,
+    default: str | None = None,
+    allow_channel_pruning: bool = False,
 ) -> dict[str, Any]:
     """Return keyword arguments that give vLLM's `LLM` or `EngineArgs` the pruning engine.
 
@@ -41,13 +43,14 @@ def engine_arguments(
         prune_layers: Stage boundaries; None chooses them from the model's depth, and an empty
             sequence serves KV methods only.
         default: Preset for requests that say nothing about pruning.
+        allow_channel_pruning: Let requests prune KV channels.
     """
-    asked = {"prune_layers": prune_layers, "default": default}
-    values = {
-        key: list(value) if key == "prune_layers" else value
-        for key, value in asked.items()
-        if value is not None
+    asked = {
+        "prune_layers": None if prune_layers is None else list(prune_layers),
+        "default": default,
+        "allow_channel_pruning": allow_channel_pruning or None,
     }
+    values = {key: value for key, value in asked.items() if value is not None}
     return {
         "scheduler_cls": SCHEDULER_CLS,
         "worker_cls": WORKER_CLS,
@@ -61,6 +64,7 @@ def serve(
     prune_layers: Sequence[int] | None = None,
     default: str | None = None,
     default_model: Callable[[], DefaultModel] | None = None,
+    allow_channel_pruning: bool = False,
 ) -> None:
     """Run `vllm serve` in this process with the pruning engine.
 
@@ -69,13 +73,14 @@ def serve(
         prune_layers: As in `engine_arguments`.
         default: As in `engine_arguments`.
         default_model: Called where the arguments name no model; without it vLLM chooses one.
+        allow_channel_pruning: As in `engine_arguments`.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
         VersionError: vLLM is missing or not a tested version.
     """
     check_version()
-    command = vllm_arguments(arguments, prune_layers, default)
+    command = vllm_arguments(arguments, prune_layers, default, allow_channel_pruning)
     if _is_cpu_build():
         from tokenprune import triton_cpu
 
@@ -92,13 +97,14 @@ def vllm_arguments(
     arguments: Sequence[str],
     prune_layers: Sequence[int] | None = None,
     default: str | None = None,
+    allow_channel_pruning: bool = False,
 ) -> list[str]:
     """Return `arguments` with ours added.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
     """
-    ours = engine_arguments(prune_layers, default)
+    ours = engine_arguments(prune_layers, default, allow_channel_pruning)
     # vLLM lets the command line replace a file's value, so ours must contain the file's
     file = _config_file(arguments)
     additional = file.get(_ADDITIONAL, {})

@@ -48,6 +48,11 @@ class PrunedRequest:
         return tuple(num_computed - p for p in self.physical(num_computed))
 
     @property
+    def shrinks(self) -> bool:
+        """Whether it gives slots up while it runs."""
+        return self.plan.lengths is not None and self.plan.lengths.shrinks
+
+    @property
     def kv_method(self) -> str:
         """The KV method's name."""
         policy = self.plan.pruning.policy("kv")

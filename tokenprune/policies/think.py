@@ -62,9 +62,8 @@ def value_scores(inputs: ChannelInputs) -> Tensor:
     import torch
 
     window = inputs.queries.shape[1]
-    mixed: Tensor | float = 0.0
-    total: Tensor | float = 0.0
-    highest: Tensor | None = None
+    mixed = inputs.queries.new_zeros((), dtype=torch.float32)
+    total, highest = mixed, mixed - torch.inf
     begin = 0
     for keys, values in inputs.read():
         heads, n, size = keys.shape
@@ -75,12 +74,11 @@ def value_scores(inputs: ChannelInputs) -> Tensor:
         hidden = torch.arange(n, device=keys.device) > last[:, None]
         hidden = hidden.repeat(logits.shape[1] // window, 1)
         logits = logits.masked_fill(hidden, -torch.inf)
-        top = logits.amax(-1, keepdim=True)
-        higher = top if highest is None else torch.maximum(highest, top)
-        shrink = 1.0 if highest is None else torch.exp(highest - higher)
+        # finite, so that a piece that a query does not see adds nothing
+        higher = torch.maximum(highest, logits.amax(-1, keepdim=True)).clamp(min=-1e38)
+        shrink = torch.exp(highest - higher)
         weights = torch.exp(logits - higher)
         mixed = mixed * shrink + weights @ values.float()
         total = total * shrink + weights.sum(-1, keepdim=True)
         highest, begin = higher, begin + n
-    assert highest is not None, "there must be keys"
     return (mixed / total).square().sum(1)
