@@ -65,8 +65,12 @@ def test_a_mixed_batch_in_any_order_equals_each_request_alone(
     assert thin.blocks_missing == 0
 
 
-def test_neighbours_of_a_packing_request_are_bit_equal(thin: Engine) -> None:
-    # the neighbour has the same rows in each step either way, so nothing may differ at all
+def test_neighbours_of_a_packing_request_are_bit_equal(
+    thin: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # vLLM's CPU kernel splits the keys of a row by the lengths of all rows in the batch, and sums
+    # the parts; without that the neighbour's sums are the same and nothing may differ at all
+    monkeypatch.setattr("vllm.envs.VLLM_CPU_ATTN_SPLIT_KV", False, raising=False)
     plain, other = Ask(DESCRIBE, (7,), max_tokens=30), Ask(TEXT, max_tokens=30)
     answers = []
     for pruning in (None, channels(), channels(values_keep_ratio=0.5)):
@@ -77,18 +81,20 @@ def test_neighbours_of_a_packing_request_are_bit_equal(thin: Engine) -> None:
 
 
 def test_packing_requests_neither_read_nor_fill_the_prefix_cache(thin: Engine) -> None:
+    def cached() -> int:
+        return len(thin.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+
     packing, plain = Ask(STORY, (), channels(), 10), Ask(STORY, max_tokens=10)
-    cached = thin.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block
     thin.llm.reset_prefix_cache()
     (expected_packing,) = thin.ask(packing)
-    assert len(cached) == 0
+    assert cached() == 0
     (expected,) = thin.ask(plain)
-    filled = len(cached)
+    filled = cached()
     assert filled > 0
     for ask in (packing, plain, packing, plain):
         (answer,) = thin.ask(ask)
         assert answer.agrees_with(expected_packing if ask is packing else expected, ROUNDING)
-    assert len(cached) == filled
+    assert cached() == filled
 
 
 def held_while_running(engine: Engine, ask: Ask) -> list[int]:
@@ -249,8 +255,8 @@ def test_random_requests_leave_no_block_behind(cramped: Engine) -> None:
     preempted = count_preemptions(cramped)
     for _ in range(60):
         prompt = " ".join(words[: rng.randint(1, len(words))])
-        live.append(start(cramped, Ask(prompt, (), rng.choice(CHOICES), rng.randint(1, 60))))
-        for _ in range(rng.randint(0, 4)):
+        live.append(start(cramped, Ask(prompt, (), rng.choice(CHOICES), rng.randint(1, 90))))
+        for _ in range(rng.randint(0, 3)):
             cramped.llm.llm_engine.step()
         if rng.random() < 0.2:
             cramped.llm.llm_engine.abort_request([live.pop(rng.randrange(len(live)))])
