@@ -152,9 +152,9 @@ class ChannelPruner:
 
     def persist(self, num_reqs: int) -> None:
         """Put the step's rows where a full CUDA graph of `num_reqs` requests reads them."""
+        self._persistent.fill_(-1)
         for stage, rows in enumerate(self._rows):
             buffer = self._persistent[stage, :num_reqs]
-            buffer.fill_(-1)
             if rows is not None:
                 buffer[: len(rows)].copy_(rows)
             self._rows[stage] = buffer
@@ -193,11 +193,14 @@ class ChannelPruner:
             after: Tokens computed after it.
         """
         chooses = before < request.layout.num_tokens <= after
+        due = [due_packing(request, before, after, stage) for stage in range(len(self._rows))]
+        if not chooses and not any(due):
+            return
         for layer in self._layers:
             if chooses:
                 with self._stats.time("channel_select"):
                     self._choose(layer, request, index, after)
-            work = due_packing(request, before, after, layer.stage)
+            work = due[layer.stage]
             if work is not None:
                 with self._stats.time("channel_pack"):
                     self._pack(layer, work, index)
