@@ -18,7 +18,7 @@ from tokenprune.demo.local_server import LocalServer
 from tokenprune.errors import TokenPruneError
 
 _SERVER_ARGUMENTS = (
-    *("--enforce-eager", "--no-enable-prefix-caching"),
+    *("--enforce-eager", "--no-enable-prefix-caching", "--allow-channel-pruning"),
     *("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(512 << 20)),
     *("--limit-mm-per-prompt", '{"image": 2}'),
 )

@@ -50,6 +50,11 @@ class PruningEndpoints:
             # the attention backend is chosen in the workers
             answers = await engine_client.collective_rpc("tokenprune_kv_unsupported")
             engine = replace(engine, kv_unsupported=next(filter(None, answers), None))
+        if engine.allow_channels and engine.channels_unsupported is None:
+            channels = await engine_client.collective_rpc("tokenprune_channels")
+            unsupported = next((reason for reason, _ in channels if reason), None)
+            _, block_size = channels[0]
+            engine = replace(engine, channels_unsupported=unsupported, block_size=block_size)
         service = Service(
             engine=engine,
             model=_model_shape(vllm_config),
@@ -87,7 +92,7 @@ def _engine_shape(vllm_config: Any) -> EngineShape:
         return shape
     # the routes are there, but a stock worker would ignore every key without a word
     reason = "this engine runs without the pruning worker; start it with tokenprune serve"
-    return replace(shape, unsupported=reason, kv_unsupported=reason)
+    return replace(shape, unsupported=reason, kv_unsupported=reason, channels_unsupported=reason)
 
 
 def _model_shape(vllm_config: Any) -> ModelShape:

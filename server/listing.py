@@ -24,6 +24,10 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
             "visual_unsupported": engine.unsupported,
             "kv_unsupported": engine.kv_unsupported,
             "importance_unsupported": engine.importance_unsupported,
+            "channels_allowed": engine.allow_channels,
+            "channels_unsupported": engine.channels_unsupported,
+            "head_size": engine.head_size,
+            "block_size": engine.block_size,
             "max_model_len": engine.max_model_len,
         },
     }

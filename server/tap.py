@@ -104,6 +104,18 @@ def plan_explicit(
         raise PolicyError(
             f"pruning.kv must be left out with this server: {engine.kv_unsupported}", "pruning.kv"
         )
+    reason = plan.skipped.get("channels")
+    if reason == "not_allowed":
+        raise PolicyError(
+            "pruning.channels must be left out with this server; start it with "
+            "--allow-channel-pruning",
+            "pruning.channels",
+        )
+    if reason == "model_unsupported":
+        raise PolicyError(
+            f"pruning.channels must be left out with this server: {engine.channels_unsupported}",
+            "pruning.channels",
+        )
     reason = plan.skipped.get("visual")
     if reason == "model_unsupported" and layout.num_visual:
         raise PolicyError(

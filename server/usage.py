@@ -6,7 +6,8 @@ tokens once per prompt, as `prompt_tokens` does, KV figures once per sequence.
 
 * `kv_tokens_logical`: tokens computed per sequence, prompt + completion - 1 (the last sampled
   token is returned before its KV is computed).
-* `kv_tokens_physical`: KV slots held at the end, as the mean over the layers.
+* `kv_tokens_physical`: KV slots held at the end, as the mean over the layers. A packed block counts
+  its slots, although it holds more tokens.
 * `kv_bytes_saved`: sum over layers of (logical - physical) * bytes per token and layer, which is
   `2 * KV heads * head size * bytes per element`; blocks round the real figure to their size.
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape, KVPolicy, VisualPolicy
+from tokenprune.policies import ChannelPolicy, EngineShape, KVPolicy, VisualPolicy
 from tokenprune.request import AXES, Axes, RequestPlan
 
 HEADER = "x-tokenprune-applied"
@@ -77,6 +78,11 @@ class RequestRecord:
     def cuts(self) -> tuple[tuple[int, float], ...]:
         """Return `(layer, keep ratio)` of the visual cuts; equal for all pruned prompts."""
         return next((p.plan.visual.cuts for p in self.prompts if p.plan.visual is not None), ())
+
+    def channels(self) -> tuple[int, int] | None:
+        """Return the key and value channels kept; equal for all prompts that drop any."""
+        plans = (p.plan.channels for p in self.prompts if p.plan.channels is not None)
+        return next(((plan.keys, plan.values) for plan in plans), None)
 
 
 current_record: ContextVar[RequestRecord | None] = ContextVar("current_record", default=None)
@@ -134,6 +140,8 @@ def header_value(record: RequestRecord) -> str:
             budget = policy.budget_tokens
             share = f"keep_ratio={policy.keep_ratio:g}"
             part += f";{share if budget is None else f'budget_tokens={budget}'};lag={policy.lag}"
+        if isinstance(policy, ChannelPolicy) and (kept := record.channels()):
+            part += f";keys={kept[0]};values={kept[1]}"
         parts.append(part)
     return ", ".join(parts) or "none"
 

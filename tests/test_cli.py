@@ -19,7 +19,7 @@ from tokenprune.engine.launch import (
 )
 from tokenprune.errors import ConfigurationError
 
-Call = tuple[list[str], list[int] | None, str | None]
+Call = tuple[list[str], list[int] | None, str | None, bool]
 CLASSES = ["--scheduler-cls", SCHEDULER_CLS, "--worker-cls", WORKER_CLS]
 OURS = ["--logits-processors", VALIDATOR, *CLASSES]
 
@@ -29,9 +29,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     calls: list[Call] = []
 
     def record(
-        arguments: list[str], prune_layers: list[int] | None, default: str | None, *_: object
+        arguments: list[str],
+        prune_layers: list[int] | None,
+        default: str | None,
+        _: object,
+        presets: object,
+        allow_channel_pruning: bool,
     ) -> None:
-        calls.append((list(arguments), prune_layers, default))
+        calls.append((list(arguments), prune_layers, default, allow_channel_pruning))
 
     monkeypatch.setattr(launch, "serve", record)
     return calls
@@ -66,7 +71,7 @@ def test_help_explains_ours_and_points_to_vllm() -> None:
 )
 def test_other_arguments_pass_in_order(served: list[Call], arguments: list[str]) -> None:
     assert run("serve", *arguments)[0] == 0
-    assert served == [(arguments, None, None)]
+    assert served == [(arguments, None, None, False)]
 
 
 def test_our_arguments_are_taken_out(served: list[Call]) -> None:
@@ -74,13 +79,19 @@ def test_our_arguments_are_taken_out(served: list[Call]) -> None:
         "serve", "m", "--prune-layers", "8,12", "--port", "1", "--pruning-default=balanced"
     )
     assert code == 0
-    assert served == [(["m", "--port", "1"], [8, 12], "balanced")]
+    assert served == [(["m", "--port", "1"], [8, 12], "balanced", False)]
 
 
 @pytest.mark.parametrize("value", ["", "none", " none "])
 def test_no_prune_layers_means_kv_methods_only(served: list[Call], value: str) -> None:
     assert run("serve", "m", "--prune-layers", value)[0] == 0
-    assert served == [(["m"], [], None)]
+    assert served == [(["m"], [], None, False)]
+
+
+@pytest.mark.parametrize("flag", ["--allow-channel-pruning", "--allow_channel_pruning"])
+def test_channel_pruning_is_allowed_by_a_flag(served: list[Call], flag: str) -> None:
+    assert run("serve", "m", flag)[0] == 0
+    assert served == [(["m"], None, None, True)]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +160,9 @@ def test_offline_users_get_the_same_from_one_function() -> None:
     }
     assert engine_arguments((), "safe")["additional_config"] == {
         "tokenprune": {"prune_layers": [], "default": "safe"}
+    }
+    assert engine_arguments(allow_channel_pruning=True)["additional_config"] == {
+        "tokenprune": {"allow_channel_pruning": True}
     }
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.engine.step import PrunedRequest, known_rows, stage_rows
-from tokenprune.lengths import PhysicalLengths, PromptLayout
+from tokenprune.lengths import Eviction, Packing, PhysicalLengths, PromptLayout
 from tokenprune.policies import VisualPlan
 from tokenprune.request import OFF, RequestPlan
 
@@ -132,6 +132,96 @@ def test_known_and_counted_plans_agree_once_the_prompt_is_complete(case):
 def test_physical_length_of_a_prompt_of_five(dropped, expected):
     lengths = PhysicalLengths(5, (dropped,))
     assert [lengths.physical(n, 0) for n in range(7)] == expected
+
+
+def packing(num_prompt=100, block=4, tokens=6, recent=8, generated=True, eviction=None):
+    return PhysicalLengths(num_prompt, (0,), eviction, Packing(block, tokens, recent, generated))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n", "blocks"),
+    [
+        pytest.param(packing(), 99, 0, id="nothing-before-the-prompt-is-complete"),
+        pytest.param(packing(), 100, 15, id="whole-blocks-of-all-but-the-recent"),
+        pytest.param(packing(), 103, 15, id="one-token-short-of-a-block"),
+        pytest.param(packing(), 104, 16, id="a-block-of-generated-tokens"),
+        pytest.param(packing(generated=False), 1000, 15, id="generated-tokens-stay"),
+        pytest.param(packing(num_prompt=13), 13, 0, id="shorter-than-block-and-recent"),
+        pytest.param(packing(num_prompt=14), 14, 1, id="exactly-block-and-recent"),
+        pytest.param(
+            packing(eviction=Eviction(4, 10, (5,), True)), 100, (4 + 8 * 5) // 6, id="what-is-cut"
+        ),
+        pytest.param(
+            packing(recent=11, eviction=Eviction(4, 10, (5,), True)),
+            100,
+            (4 + 7 * 5) // 6,
+            id="recent-reaches-into-a-cut-partition",
+        ),
+        pytest.param(
+            packing(30, eviction=Eviction(4, 20, (5,), True)), 30, 0, id="all-may-still-be-evicted"
+        ),
+    ],
+)
+def test_how_many_blocks_are_packed(lengths, n, blocks):
+    assert lengths.packed_blocks(n, 0) == blocks
+    held = lengths.held(n, 0)
+    assert lengths.physical(n, 0) == held - 2 * blocks
+
+
+@st.composite
+def packed_plans(draw):
+    num_prompt, block = draw(st.integers(1, 60)), draw(st.integers(1, 5))
+    tokens = block + draw(st.integers(1, 4))
+    eviction = None
+    if draw(st.booleans()):
+        lag = draw(st.integers(1, 9))
+        keep = draw(st.integers(1, lag))
+        eviction = Eviction(draw(st.integers(0, 4)), lag, (keep,), draw(st.booleans()))
+    recent, generated = draw(st.integers(0, 14)), draw(st.booleans())
+    dropped = draw(st.integers(0, num_prompt - 1))
+    return PhysicalLengths(
+        num_prompt, (dropped,), eviction, Packing(block, tokens, recent, generated)
+    )
+
+
+@PROPERTY
+@given(packed_plans())
+def test_packed_blocks_only_grow_and_leave_the_recent_tokens_alone(lengths):
+    packed = 0
+    for n in range(lengths.num_prompt_tokens, lengths.num_prompt_tokens + 60):
+        assert lengths.packed_blocks(n, 0) >= packed
+        packed = lengths.packed_blocks(n, 0)
+        dense = lengths.held(n, 0) - packed * lengths.packing.tokens
+        assert dense >= (lengths.packing.recent if packed else 0)
+        assert lengths.physical(n, 0) == packed * lengths.packing.block + dense
+
+
+@PROPERTY
+@given(packed_plans())
+def test_no_packed_token_is_ever_evicted(lengths):
+    if lengths.eviction is None:
+        return
+    eviction = lengths.eviction
+    for n in range(lengths.num_prompt_tokens, lengths.num_prompt_tokens + 60):
+        untouched = eviction.sink + lengths.partitions_cut(n, 0) * eviction.keep[0]
+        assert lengths.packed_blocks(n, 0) * lengths.packing.tokens <= max(0, untouched)
+
+
+@PROPERTY
+@given(packed_plans(), st.integers(1, 9), st.data())
+def test_no_step_needs_more_slots_than_admission_counts(lengths, max_step, data):
+    computed = 0
+    if isinstance(lengths.dropped[0], int) and lengths.dropped[0]:
+        # the choice needs the prompt in one step
+        max_step = max(max_step, lengths.num_prompt_tokens)
+        computed = lengths.num_prompt_tokens
+    highest = lengths.peak(0, computed, 0)
+    end = lengths.num_prompt_tokens + data.draw(st.integers(1, 60))
+    while computed < end:
+        after = min(end, computed + data.draw(st.integers(1, max_step)))
+        highest = max(highest, lengths.peak(computed, after, 0))
+        computed = after
+    assert highest <= lengths.highest_peak(end, max_step, 0)
 
 
 @PROPERTY

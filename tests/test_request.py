@@ -197,7 +197,9 @@ def test_keep_ratio_outside_its_interval_or_of_another_type(method, ratio):
         pytest.param(True, "pruning", "off, safe, balanced, aggressive", id="true"),
         pytest.param(False, "pruning", "off, safe, balanced, aggressive", id="false"),
         pytest.param(["safe"], "pruning", "off, safe, balanced, aggressive", id="list"),
-        pytest.param({"vision": {}}, "pruning.vision", "known keys: kv, visual", id="unknown-axis"),
+        pytest.param(
+            {"vision": {}}, "pruning.vision", "known keys: channels, kv, visual", id="unknown-axis"
+        ),
         pytest.param({"visual": "uniform"}, "pruning.visual", "uniform", id="method-for-axis"),
         pytest.param({"visual": []}, "pruning.visual", "uniform", id="list-for-axis"),
         pytest.param({"visual": 5}, "pruning.visual", "uniform", id="number-for-axis"),

@@ -124,6 +124,14 @@ def serve(
             "requests and --pruning-default may name them.",
         ),
     ] = None,
+    allow_channel_pruning: Annotated[
+        bool,
+        typer.Option(
+            "--allow-channel-pruning",
+            "--allow_channel_pruning",
+            help="Let requests prune KV channels.",
+        ),
+    ] = False,
 ) -> None:
     """Serve MODEL over the OpenAI API, as vllm serve does, with per-request pruning.
 
@@ -135,7 +143,7 @@ def serve(
 
     from tokenprune.engine.launch import serve as run
 
-    run(context.args, layers, preset, _builtin_model, presets)
+    run(context.args, layers, preset, _builtin_model, presets, allow_channel_pruning)
 
 
 @app.command(

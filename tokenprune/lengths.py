@@ -71,8 +71,32 @@ class Eviction:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """How tokens of a live request come to share blocks with fewer channels, in counts.
+
+    A block has a fixed number of bytes. With all channels it holds one token per slot; once
+    channels are dropped it holds more. From the end of the prompt on, the oldest tokens of a
+    stage are moved into packed blocks, whole blocks only, which come first in the block table.
+    A packed token is never evicted, so tokens that may still be are left alone.
+
+    Attributes:
+        block: Slots of a block.
+        tokens: Tokens of a packed block, more than `block`.
+        recent: Newest tokens, which keep all channels.
+        generated: Pack generated tokens too, once they are old enough.
+    """
+
+    block: int
+    tokens: int
+    recent: int
+    generated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PhysicalLengths:
     """Physical lengths of one request, per stage of layers.
+
+    The physical length counts slots: a packed block is as long as any other, whatever it holds.
 
     Attributes:
         num_prompt_tokens: Prompt length.
@@ -80,11 +104,18 @@ class PhysicalLengths:
             (known before prefill), or their count. A count means the choice needs the whole
             prompt in one step, so it takes effect once the prompt is complete.
         eviction: What happens to the tokens a stage does hold, or None.
+        packing: How those it keeps for good are packed, or None.
     """
 
     num_prompt_tokens: int
     dropped: tuple[tuple[int, ...] | int, ...]
     eviction: Eviction | None = None
+    packing: Packing | None = None
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether blocks may be emptied while the request lives."""
+        return self.eviction is not None or self.packing is not None
 
     def entered(self, num_computed: int, stage: int) -> int:
         """Return the slots written at `stage` for `num_computed` tokens, evicted ones included."""
@@ -100,18 +131,49 @@ class PhysicalLengths:
             return 0
         return max(0, (self.entered(num_computed, stage) - eviction.sink) // eviction.lag - 1)
 
-    def physical(self, num_computed: int, stage: int) -> int:
-        """Return the slots held at `stage` once `num_computed` tokens are computed."""
+    def held(self, num_computed: int, stage: int) -> int:
+        """Return the tokens held at `stage` once `num_computed` tokens are computed."""
         entered = self.entered(num_computed, stage)
         if self.eviction is None:
             return entered
         evicted = self.eviction.lag - self.eviction.keep[stage]
         return entered - self.partitions_cut(num_computed, stage) * evicted
 
+    def packed_blocks(self, num_computed: int, stage: int) -> int:
+        """Return the packed blocks of `stage` once `num_computed` tokens are computed."""
+        packing = self.packing
+        if packing is None or num_computed < self.num_prompt_tokens:
+            return 0
+        until = num_computed if packing.generated else self.num_prompt_tokens
+        return self._settled(until, stage, packing.recent) // packing.tokens
+
+    def _settled(self, num_computed: int, stage: int, recent: int) -> int:
+        """Return the oldest tokens that are never evicted and have `recent` ones behind them."""
+        eviction = self.eviction
+        if eviction is None:
+            return max(0, self.held(num_computed, stage) - recent)
+        # the last `lag` tokens are behind the partitions cut down; where that is less than
+        # `recent`, so many of those partitions must wait
+        keep = eviction.keep[stage]
+        waiting = -(-max(0, recent - eviction.lag) // keep)
+        cut = self.partitions_cut(num_computed, stage)
+        return eviction.sink + (cut - waiting) * keep if cut > waiting else 0
+
+    def saved_by_packing(self, num_computed: int, stage: int) -> int:
+        """Return how many slots fewer than tokens `stage` holds after `num_computed` tokens."""
+        packing = self.packing
+        if packing is None:
+            return 0
+        return self.packed_blocks(num_computed, stage) * (packing.tokens - packing.block)
+
+    def physical(self, num_computed: int, stage: int) -> int:
+        """Return the slots held at `stage` once `num_computed` tokens are computed."""
+        return self.held(num_computed, stage) - self.saved_by_packing(num_computed, stage)
+
     def peak(self, num_computed: int, num_after: int, stage: int) -> int:
         """Return the slots of the step from `num_computed` to `num_after` tokens.
 
-        The step's tokens are appended and attended to before anything is evicted.
+        The step's tokens are appended and attended to before anything is evicted or packed.
         """
         grown = self.entered(num_after, stage) - self.entered(num_computed, stage)
         return self.physical(num_computed, stage) + grown
@@ -119,7 +181,12 @@ class PhysicalLengths:
     def highest_peak(self, num_after: int, max_step: int, stage: int) -> int:
         """Return a bound of the peaks on the way to `num_after` in steps of `max_step` at most."""
         entered = self.entered(num_after, stage)
-        eviction = self.eviction
+        eviction, packing = self.eviction, self.packing
+        if eviction is None and packing is not None and num_after > self.num_prompt_tokens:
+            prompt = self.entered(self.num_prompt_tokens + max_step, stage)
+            # a block is packed once its last token is there, so the row may just have shrunk
+            unpacked = self.physical(num_after, stage) + packing.tokens - packing.block
+            return min(entered, max(prompt, unpacked + max_step))
         if eviction is None or (eviction.after_prompt and num_after <= self.num_prompt_tokens):
             return entered
         keep = eviction.keep[stage]

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from tokenprune.errors import PolicyError
 from tokenprune.lengths import PhysicalLengths, PromptLayout
 from tokenprune.policies import (
+    ChannelPlan,
+    ChannelPolicy,
     EngineShape,
     KVPlan,
     KVPolicy,
@@ -199,7 +201,7 @@ def _policy_error(error: ValidationError, value: Mapping[str, Any]) -> PolicyErr
     if kind == "extra_forbidden":
         known = Pruning.model_fields
         if isinstance(asked, Mapping) and len(location) > 1:
-            known = policies(axis)[str(asked.get("method"))].model_fields
+            known = _asked_policy(axis, asked).model_fields
         message = f"{param} is unknown; known keys: {', '.join(sorted(known))}"
     elif kind == "union_tag_invalid":
         param += ".method"
@@ -225,15 +227,20 @@ def _interval(axis: str, asked: object, location: list[str]) -> str | None:
     """Return the legal interval of a numeric parameter, e.g. `in (0, 1]`."""
     if not isinstance(asked, Mapping) or len(location) != 2:
         return None
-    policy = policies(axis)[str(asked.get("method"))]
     # a key that is no string is no property
-    schema = policy.model_json_schema()["properties"].get(location[1], {})
+    schema = _asked_policy(axis, asked).model_json_schema()["properties"].get(location[1], {})
     low, high = schema.get("exclusiveMinimum", schema.get("minimum")), schema.get("maximum")
     if low is None:
         return None
     kind = "an integer" if schema["type"] == "integer" else "a number"
     opening = "(" if "exclusiveMinimum" in schema else "["
     return f"{kind} in {opening}{low:g}, " + ("inf)" if high is None else f"{high:g}]")
+
+
+def _asked_policy(axis: str, asked: Mapping[str, Any]) -> type[Policy]:
+    """Return the policy named by `method`, or the first where the axis needs no name."""
+    known = policies(axis)
+    return known.get(str(asked.get("method")), next(iter(known.values())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,17 +251,21 @@ class RequestPlan:
         pruning: What was asked for.
         visual: The plan of the visual axis, or None.
         kv: The plan of the KV axis, or None.
+        channels: The plan of the channel axis, or None.
         skipped: Reason per axis that was asked for and is not applied.
     """
 
     pruning: Axes
     visual: VisualPlan | None = None
     kv: KVPlan | None = None
+    channels: ChannelPlan | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lengths(self) -> PhysicalLengths | None:
         """Physical lengths, or None when nothing is pruned."""
+        if self.channels is not None:
+            return self.channels.lengths
         if self.kv is not None:
             return self.kv.lengths
         return self.visual.lengths if self.visual is not None else None
@@ -289,6 +300,7 @@ def make_plan(
     """
     visual: VisualPlan | None = None
     kv: KVPlan | None = None
+    channels: ChannelPlan | None = None
     skipped: dict[str, str] = {}
     policy = pruning.policy("visual")
     if isinstance(policy, VisualPolicy):
@@ -305,4 +317,12 @@ def make_plan(
             kv = policy.plan(prompt, engine, held, max_tokens)
         except PlanSkipped as reason:
             skipped["kv"] = reason.reason
-    return RequestPlan(pruning, visual, kv, skipped)
+    channel_policy = pruning.policy("channels")
+    if isinstance(channel_policy, ChannelPolicy):
+        before = RequestPlan(pruning, visual, kv)
+        evicting = policy if kv is not None and isinstance(policy, KVPolicy) else None
+        try:
+            channels = channel_policy.plan(prompt, engine, before.lengths, max_tokens, evicting)
+        except PlanSkipped as reason:
+            skipped["channels"] = reason.reason
+    return RequestPlan(pruning, visual, kv, channels, skipped)

@@ -3,7 +3,8 @@
 Nothing here is shared with the product but the plan's integers (kept counts and known ranks).
 Scores are written out again from the formulas of arXiv 2507.20630 and its released code, those of
 images from arXiv 2508.05211, eviction from arXiv 2504.04704: a cache per layer and head that grows
-and is cut down by the recursion.
+and is cut down by the recursion. Channels are dropped as in arXiv 2407.21018, by zeros in the cache
+of old tokens.
 """
 
 from __future__ import annotations
@@ -138,6 +139,56 @@ def lag_choice(keep: int) -> Callable[..., list[int]]:
 
 
 @dataclass
+class Thinned:
+    """How to drop channels of old tokens, which is to zero them in the cache.
+
+    Attributes:
+        keys: Channels that keys keep.
+        values: Channels that values keep.
+        window: Last prompt rows whose queries score.
+        recent: Newest tokens that keep everything.
+        tokens: Tokens that lose channels together: those of a packed block.
+        generated: Whether generated tokens lose channels too.
+        chosen: Per layer and head what was kept, keys then values.
+        counts: Per layer how many tokens have lost channels.
+    """
+
+    keys: int
+    values: int
+    window: int
+    recent: int
+    tokens: int
+    generated: bool = True
+    chosen: dict[int, list[tuple[list[int], list[int]]]] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def choose(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Choose channels of one layer from its queries `[n, HQ, D]` and cache `[n, H, D]`."""
+        q = q[-self.window :]
+        group = q.shape[1] // k.shape[1]
+        self.chosen[layer] = []
+        for head in range(k.shape[1]):
+            mine = q[:, head * group : (head + 1) * group]
+            score = mine.square().mean((0, 1)) * k[:, head].square().mean(0)
+            logits = torch.einsum("tgd,nd->gtn", mine, k[:, head]) / q.shape[-1] ** 0.5
+            hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + len(k) - len(q))
+            mixed = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ v[:, head]
+            value_score = mixed.square().sum((0, 1))
+            keys, values = _top(score, self.keys), _top(value_score, self.values)
+            self.chosen[layer].append((keys.tolist(), values.tolist()))
+
+    def thin(self, layer: int, k: Tensor, v: Tensor, settled: int) -> tuple[Tensor, Tensor]:
+        """Zero channels of whole blocks among the `settled` oldest tokens."""
+        self.counts[layer] = max(0, settled) // self.tokens * self.tokens
+        k, v = k.clone(), v.clone()
+        for head, (keys, values) in enumerate(self.chosen[layer]):
+            for cache, kept in ((k, keys), (v, values)):
+                gone = [j for j in range(cache.shape[-1]) if j not in kept]
+                cache[: self.counts[layer], head, gone] = 0
+        return k, v
+
+
+@dataclass
 class Trace:
     """What the oracle did: log-probs of each generated token, and the kept ranks per cut."""
 
@@ -200,9 +251,11 @@ class Oracle:
         generated: list[int],
         pruned: Pruned | None = None,
         evicted: Evicted | None = None,
+        thinned: Thinned | None = None,
     ) -> Trace:
         """Score `generated` token by token after `prompt`, pruning and evicting as asked."""
         if evicted is not None and evicted.chunks is not None:
+            assert thinned is None, "channels of a prompt in chunks are not written down here"
             return self._run_chunks(prompt, images, generated, evicted)
         pruned = pruned or Pruned({})
         trace = Trace()
@@ -229,13 +282,17 @@ class Oracle:
                 ranks, total = ranks[chosen], total[chosen]
                 trace.kept[index] = ranks.tolist()
                 hidden, positions, visual = hidden[alive], positions[alive], visual[alive]
-            hidden, parts, kv = self._layer(layer, hidden, positions, None)
-            cache.append(kv if evicted is None else evicted.cut(index, *kv))
+            hidden, parts, kv, q = self._layer(layer, hidden, positions, None)
+            kv = kv if evicted is None else evicted.cut(index, *kv)
+            if thinned is not None:
+                thinned.choose(index, q, *kv)
+                kv = thinned.thin(index, *kv, _settled(index, kv, evicted, thinned))
+            cache.append(kv)
             if index in pruned.observed:
                 for x_in, x_out in parts:
                     total = total + _ttv(x_in, x_out, visual, pruned.form)
         trace.logprobs.append(self._logprobs(hidden[-1]))
-        self._generate(trace, n, generated, cache, evicted)
+        self._generate(trace, n, generated, cache, evicted, thinned)
         return trace
 
     def _choose_from(
@@ -327,7 +384,7 @@ class Oracle:
             hidden = embeds[start : start + count]
             positions = torch.arange(start, start + count)
             for index, layer in enumerate(self.decoder.layers):
-                hidden, _, kv = self._layer(layer, hidden, positions, cache[index])
+                hidden, _, kv, _ = self._layer(layer, hidden, positions, cache[index])
                 cache[index] = evicted.cut(index, *kv)
             start += count
         assert start == len(embeds), "the chunks must be the prompt"
@@ -342,13 +399,17 @@ class Oracle:
         generated: list[int],
         cache: list[tuple[Tensor, Tensor]],
         evicted: Evicted | None,
+        thinned: Thinned | None = None,
     ) -> None:
         for step, token in enumerate(generated[:-1]):
             hidden = self.decoder.embed_tokens(torch.tensor([token]))
             position = torch.tensor([n + step])
             for index, layer in enumerate(self.decoder.layers):
-                hidden, _, kv = self._layer(layer, hidden, position, cache[index])
-                cache[index] = kv if evicted is None else evicted.cut(index, *kv)
+                hidden, _, kv, _ = self._layer(layer, hidden, position, cache[index])
+                kv = kv if evicted is None else evicted.cut(index, *kv)
+                if thinned is not None and thinned.generated:
+                    kv = thinned.thin(index, *kv, _settled(index, kv, evicted, thinned))
+                cache[index] = kv
             trace.logprobs.append(self._logprobs(hidden[-1]))
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
@@ -366,7 +427,7 @@ class Oracle:
 
     def _layer(
         self, layer: object, hidden: Tensor, positions: Tensor, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor], Tensor]:
         attn_in = layer.input_layernorm(hidden)
         q, k, v = self._qkv(layer, attn_in, positions)
         if past is not None:
@@ -378,13 +439,24 @@ class Oracle:
         hidden = hidden + attn_out
         mlp_in = layer.post_attention_layernorm(hidden)
         mlp_out = layer.mlp(mlp_in)
-        return hidden + mlp_out, [(attn_in, attn_out), (mlp_in, mlp_out)], (k, v)
+        return hidden + mlp_out, [(attn_in, attn_out), (mlp_in, mlp_out)], (k, v), q
 
     def _iga(
         self, layer: object, hidden: Tensor, positions: Tensor, visual: Tensor, num_text: int
     ) -> Tensor:
         q, k, _ = self._qkv(layer, layer.input_layernorm(hidden), positions)
         return _probs(q, k, True)[:, -num_text:].mean(dim=(0, 1))[visual]
+
+
+def _settled(
+    layer: int, kv: tuple[Tensor, Tensor], evicted: Evicted | None, thinned: Thinned
+) -> int:
+    """Return the oldest tokens that no later eviction touches and that are not recent."""
+    if evicted is None:
+        return len(kv[0]) - thinned.recent
+    assert thinned.recent <= evicted.lag, "the newest partition must hold the recent tokens"
+    done = evicted.done[layer]
+    return done if done > evicted.sink else 0
 
 
 def _turn(x: Tensor) -> Tensor:

@@ -45,6 +45,12 @@ def kv(method: str, keep_ratio: float = 0.25, **parameters: Any) -> dict[str, An
     return {f"pruning_kv_{k}": v for k, v in keys.items()}
 
 
+def channels(keep_ratio: float = 0.5, **parameters: Any) -> dict[str, Any]:
+    """Return the flat keys of ThinK, with a window and recent tokens for short prompts."""
+    keys = {"method": "think", "keep_ratio": keep_ratio, "window": 8, "recent": 6, **parameters}
+    return {f"pruning_channels_{k}": v for k, v in keys.items()}
+
+
 @dataclass
 class Ask:
     """One request."""
@@ -94,7 +100,10 @@ class Engine:
             "disable_log_stats": True,
         }
         if pruning:
-            defaults |= engine_arguments(arguments.pop("prune_layers", None))
+            defaults |= engine_arguments(
+                arguments.pop("prune_layers", None),
+                allow_channel_pruning=arguments.pop("allow_channel_pruning", False),
+            )
         self.llm = LLM(str(checkpoint), **(defaults | arguments))
 
     @property

@@ -201,6 +201,8 @@ def config(**changes):
             "is_hybrid": False,
             "is_attention_free": False,
             "is_encoder_decoder": False,
+            "dtype": torch.bfloat16,
+            "get_head_size": lambda: 128,
         },
         "scheduler_config": {
             "max_num_batched_tokens": 4096,
@@ -213,7 +215,11 @@ def config(**changes):
             "prefill_context_parallel_size": 1,
             "use_ubatching": False,
         },
-        "cache_config": {"kv_sharing_fast_prefill": False, "cache_dtype": "auto"},
+        "cache_config": {
+            "kv_sharing_fast_prefill": False,
+            "cache_dtype": "auto",
+            "block_size": 16,
+        },
     }
     whole = {
         "additional_config": {},
@@ -257,7 +263,7 @@ def test_prune_layers_of_another_type_are_refused(layers):
 
 
 def test_an_unknown_setting_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigurationError, match=r"prune_layers, default, got \['prune_layer'\]"):
+    with pytest.raises(ConfigurationError, match=r"allow_channel_pruning, got \['prune_layer'\]"):
         read_settings(config(**asked(prune_layer=[8])))
 
 
@@ -267,7 +273,9 @@ def test_an_illegal_default_is_refused():
 
 
 def test_the_shape_of_a_supported_engine():
-    assert engine_shape(config()) == EngineShape(32, (0, 8, 12, 20), 4096, max_model_len=8192)
+    assert engine_shape(config()) == EngineShape(
+        32, (0, 8, 12, 20), 4096, max_model_len=8192, head_size=128, block_size=16
+    )
     assert engine_shape(config()).stage_sizes() == (8, 4, 8, 12)
 
 
@@ -394,6 +402,30 @@ def text(**changes):
 )
 def test_engines_that_cannot_evict_say_why(changes, reason):
     assert reason in engine_shape(config(**changes)).kv_unsupported
+
+
+def test_channels_are_pruned_where_that_was_allowed_and_tokens_can_be_moved():
+    allowed = engine_shape(config(**asked(allow_channel_pruning=True)))
+    assert allowed.allow_channels
+    assert allowed.channels_unsupported is None
+    assert (allowed.head_size, allowed.block_size) == (128, 16)
+    assert not engine_shape(config()).allow_channels
+    windowed = engine_shape(config(model_config={"get_sliding_window": lambda: 512}))
+    assert windowed.channels_unsupported == windowed.kv_unsupported
+
+
+def test_channels_need_a_cache_of_the_queries_dtype():
+    shape = engine_shape(config(cache_config={"cache_dtype": "float16"}))
+    assert "queries are torch.bfloat16" in shape.channels_unsupported
+    assert shape.kv_unsupported is None
+    same = engine_shape(config(cache_config={"cache_dtype": "bfloat16"}))
+    assert same.channels_unsupported is None
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_allow_channel_pruning_is_true_or_false(value):
+    with pytest.raises(ConfigurationError, match="must be true or false"):
+        read_settings(config(**asked(allow_channel_pruning=value)))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.lengths import Eviction, PhysicalLengths
-from tokenprune.policies import KVPlan, VisualPlan
+from tokenprune.lengths import Eviction, Packing, PhysicalLengths
+from tokenprune.policies import ChannelPlan, EngineShape, KVPlan, VisualPlan
 from tokenprune.request import OFF, RequestPlan
 
 pytest.importorskip("vllm", reason="needs vLLM")
@@ -27,7 +27,12 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
-from tokenprune.engine.kv_cache import StagedAttentionSpec, StagedManager, register_specs
+from tokenprune.engine.kv_cache import (
+    StagedAttentionSpec,
+    StagedManager,
+    register_specs,
+    shape_of_cache,
+)
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 BLOCK = 4
@@ -279,6 +284,56 @@ def test_blocks_of_a_step_are_those_of_its_peak_and_come_back_before_the_next():
     needed = side.manager.get_num_blocks_to_allocate("r", 40, *arguments, apply_admission_cap=True)
     assert needed == 40 // BLOCK
     assert side.pool.get_num_free_blocks() == side.empty
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+def test_blocks_that_tokens_are_packed_out_of_come_back_before_the_next_step(evicts):
+    eviction = Eviction(2, 8, (4, 4), after_prompt=True) if evicts else None
+    lengths = PhysicalLengths(40, (0, 0), eviction, Packing(BLOCK, BLOCK + 2, 3, True))
+    packing = RequestPlan(OFF, channels=ChannelPlan(1, 1, lengths))
+    side = Side(StagedManager, staged(1), plans={"r": packing})
+    computed = {"r": 0}
+    side.manager.num_computed = computed.__getitem__
+    side.manager.max_step = 40
+    highest = 0
+    for step in (32, 8, *[1] * 50):
+        after = computed["r"] + step
+        side.manager.free_evicted("r", computed["r"])
+        held = math.ceil(lengths.physical(computed["r"], 1) / BLOCK)
+        assert len(side.held("r")) == held
+        assert side.grow("r", after) is not None
+        assert len(side.held("r")) == math.ceil(lengths.peak(computed["r"], after, 1) / BLOCK)
+        highest = max(highest, len(side.held("r")))
+        computed["r"] = after
+    # packed blocks hold half again as many tokens, so the row stays short of one slot per token
+    assert len(side.held("r")) < 0.8 * 90 / BLOCK
+    computed["r"] = 0
+    side.manager.free("r")
+    admitted = side.manager.get_num_blocks_to_allocate(
+        "r", 90, (), 0, 0, 90, apply_admission_cap=True
+    )
+    assert highest <= admitted <= math.ceil(90 / BLOCK)
+    assert side.pool.get_num_free_blocks() == side.empty
+
+
+def shape_of(**flags):
+    return [StagedAttentionSpec.of(PLAIN, stage, **flags) for stage in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("specs", "kv", "channels"),
+    [
+        pytest.param(shape_of(evicts=True, packs=True), None, None, id="both"),
+        pytest.param(shape_of(evicts=True), None, "sinks of its own", id="cannot-pack"),
+        pytest.param(shape_of(), "layout", "layout", id="cannot-move"),
+        pytest.param([PLAIN], "layout", "layout", id="not-ours"),
+    ],
+)
+def test_every_process_reads_from_the_specs_what_the_worker_can_do(specs, kv, channels):
+    shape = shape_of_cache(EngineShape(2, (0,), 9, head_size=8, block_size=99), specs)
+    assert shape.block_size == BLOCK
+    for found, expected in ((shape.kv_unsupported, kv), (shape.channels_unsupported, channels)):
+        assert found is None if expected is None else expected in found
 
 
 def test_blocks_of_a_pruned_request_never_reach_the_prefix_cache():

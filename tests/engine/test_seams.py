@@ -169,7 +169,7 @@ def test_a_dataclass_has_the_fields_we_read(path, fields):
         ("vllm.v1.core.sched.scheduler:Scheduler", "vllm_config"),
         ("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator"),
         (MANAGER, "kv_cache_spec req_to_blocks block_size block_pool"),
-        ("vllm.model_executor.layers.attention.attention:Attention", "kv_cache"),
+        ("vllm.model_executor.layers.attention.attention:Attention", "kv_cache impl"),
     ],
 )
 def test_an_object_has_the_attributes_we_read(path, attributes):
@@ -285,6 +285,28 @@ def test_the_cpu_backend_writes_as_the_codec_asks_it_to():
     operator = load("vllm._custom_ops:cpu_attn_reshape_and_cache")
     expected = ["key", "value", "key_cache", "value_cache", "slot_mapping", "isa"]
     assert list(inspect.signature(operator).parameters)[:6] == expected
+
+
+def test_attention_calls_its_implementation_as_the_one_that_packs_expects():
+    # looked up at each call, with the output by name
+    source = inspect.getsource(
+        load("vllm.model_executor.layers.attention.attention:unified_attention_with_output")
+    )
+    assert "self.impl.forward(" in source
+    assert "output=output" in source
+    update = inspect.getsource(
+        load("vllm.model_executor.layers.attention.attention:unified_kv_cache_update")
+    )
+    assert "attn_layer.impl.do_kv_cache_update(" in update
+    expected = ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
+    path = "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
+    assert parameters(path, "forward")[: len(expected)] == expected
+    # read and not imported: the backends need a GPU's libraries
+    folder = Path(importlib.util.find_spec("vllm.v1.attention.backends").origin).parent
+    for name in ("flash_attn.py", "triton_attn.py"):
+        implementation = (folder / name).read_text().partition("Impl(AttentionImpl")[2]
+        forward = implementation.partition("    def forward(\n")[2].partition(")")[0]
+        assert re.findall(r"^ +(\w+)", forward, re.M)[: len(expected)] == expected, name
 
 
 def test_new_requests_say_how_long_their_prompt_is():

@@ -5,10 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.engine.step import PrunedRequest, due, known_rows, stage_rows
-from tokenprune.lengths import Eviction, PhysicalLengths, PromptLayout
-from tokenprune.policies import KVPlan, VisualPlan
-from tokenprune.request import OFF, RequestPlan
+from tokenprune.engine.step import (
+    PrunedRequest,
+    due,
+    due_packing,
+    known_rows,
+    stage_rows,
+    window_rows,
+)
+from tokenprune.lengths import Eviction, Packing, PhysicalLengths, PromptLayout
+from tokenprune.policies import ChannelPlan, KVPlan, VisualPlan
+from tokenprune.request import OFF, RequestPlan, parse_pruning
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -216,3 +223,106 @@ def test_a_step_appends_behind_what_is_held_and_then_gives_up_what_is_due(case):
             behind = request.behind(computed)
             assert [computed - b for b in behind] == list(held)
         computed += chunk
+
+
+@st.composite
+def packing(draw):
+    """A request that packs, may evict, and may drop positions at its second stage; and chunks."""
+    num_tokens = draw(st.integers(1, 40))
+    dropped = tuple(sorted(draw(st.sets(st.integers(0, num_tokens - 1), max_size=num_tokens))))
+    block = draw(st.integers(1, 4))
+    eviction = None
+    if draw(st.booleans()):
+        lag = draw(st.integers(1, 6))
+        keep = (draw(st.integers(1, lag)), draw(st.integers(1, lag)))
+        eviction = Eviction(draw(st.integers(0, 3)), lag, keep, draw(st.booleans()))
+    pack = Packing(
+        block, block + draw(st.integers(1, 4)), draw(st.integers(0, 9)), draw(st.booleans())
+    )
+    lengths = PhysicalLengths(num_tokens, ((), dropped), eviction, pack)
+    pruning = parse_pruning(
+        {"channels": {"method": "think", "window": draw(st.integers(1, 9)), "keep_ratio": 0.5}}
+    )
+    plan = RequestPlan(
+        pruning,
+        visual=VisualPlan((), (), None, lengths) if dropped else None,
+        kv=None if eviction is None else KVPlan(eviction.keep, lengths),
+        channels=ChannelPlan(1, 1, lengths),
+    )
+    chunks = draw(st.lists(st.integers(1, 15), min_size=1, max_size=8))
+    return PrunedRequest("r", PromptLayout(num_tokens), plan), chunks
+
+
+def evicted(rows, work, saved):
+    """Return the tokens left of `rows`, of each partition due the first `keep`."""
+    begin = work.begin + saved
+    kept = rows[:begin]
+    for p in range(work.count):
+        kept += rows[begin + p * work.lag :][: work.keep]
+    return kept + rows[begin + work.count * work.lag :]
+
+
+@PROPERTY
+@given(packing())
+def test_a_row_of_tokens_goes_through_steps_as_counted(case):
+    request, chunks = case
+    lengths = request.plan.lengths
+    rows = [[], []]  # positions held, oldest first
+    packed = [0, 0]
+    computed = 0
+    for chunk in chunks:
+        after = computed + chunk
+        stages = stage_rows([request], np.array([computed]), np.array([chunk]), 2)
+        for stage, counted in enumerate(stages):
+            saved = packed[stage] * (lengths.packing.tokens - lengths.packing.block)
+            gone = set(lengths.dropped[stage])
+            entering = [p for p in range(computed, after) if p not in gone]
+            written = counted.cache_indices()[: 0 if len(counted.idle) else None].tolist()
+            assert written == [len(rows[stage]) - saved + j for j in range(len(entering))]
+            rows[stage] += entering
+            if packed[stage]:
+                assert counted.seq_lens[0] == counted.counts[0]
+            if lengths.eviction and (work := due(request, computed, after, stage)):
+                oldest = packed[stage] * lengths.packing.tokens
+                assert work.begin + saved >= oldest, "a packed token is never evicted"
+                rows[stage] = evicted(rows[stage], work, saved)
+            if work := due_packing(request, computed, after, stage):
+                assert work.first == packed[stage]
+                assert work.end == len(rows[stage]) - saved
+                packed[stage] += work.count
+            assert packed[stage] == lengths.packed_blocks(after, stage)
+            saved = packed[stage] * (lengths.packing.tokens - lengths.packing.block)
+            assert len(rows[stage]) - saved == request.physical(after)[stage]
+        computed = after
+
+
+@PROPERTY
+@given(packing())
+def test_the_windows_of_a_prompts_chunks_are_its_last_rows(case):
+    request, chunks = case
+    prompt = request.layout.num_tokens
+    computed, seen = 0, [[], []]
+    for chunk in (*chunks, prompt):
+        for stage in range(2):
+            gone = set(request.plan.lengths.dropped[stage])
+            entering = [p for p in range(computed, computed + chunk) if p not in gone]
+            rows = window_rows(request, computed, computed + chunk, stage)
+            seen[stage] += [entering[r] for r in rows]
+        computed += chunk
+    window = request.plan.pruning.policy("channels").window
+    for stage in range(2):
+        gone = set(request.plan.lengths.dropped[stage])
+        assert seen[stage] == [p for p in range(prompt) if p not in gone][-window:]
+
+
+def test_what_frees_blocks_is_named_after_all_of_its_methods():
+    pruning = parse_pruning({"kv": {"method": "lagkv"}, "channels": {"method": "think"}})
+    lengths = PhysicalLengths(9, ((),), Eviction(0, 1, (1,), True), Packing(1, 2, 0, True))
+    kv, channels = KVPlan((1,), lengths), ChannelPlan(1, 1, lengths)
+
+    def name(**plans):
+        return PrunedRequest("r", PromptLayout(9), RequestPlan(pruning, **plans)).freeing_method
+
+    assert name(kv=kv, channels=channels) == "lagkv+think"
+    assert name(kv=kv) == "lagkv"
+    assert name(channels=channels) == "think"

@@ -1,7 +1,11 @@
 """Where the kernels run in these tests: on the GPU if there is one, else in the interpreter."""
 
+import importlib
+import importlib.util
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -64,3 +68,30 @@ def make_mask():
         return mask
 
     return make
+
+
+@pytest.fixture(scope="module")
+def kvpress():
+    """Import modules of kvpress by name.
+
+    It pins other versions of half the world, so it is installed without its dependencies and only
+    the files that hold a press are imported:
+
+        pip install --no-deps kvpress==0.5.5
+    """
+    spec = importlib.util.find_spec("kvpress")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs kvpress: pip install --no-deps kvpress==0.5.5")
+    root = next(iter(spec.submodule_search_locations))
+    saved = {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "kvpress"}
+    # the packages' own __init__ files import every press and all of their dependencies
+    for name, path in (("kvpress", root), ("kvpress.presses", f"{root}/presses")):
+        package = types.ModuleType(name)
+        package.__path__ = [path]
+        sys.modules[name] = package
+    try:
+        yield lambda name: importlib.import_module(f"kvpress.{name}")
+    finally:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "kvpress"]:
+            del sys.modules[name]
+        sys.modules.update(saved)

@@ -1,13 +1,4 @@
-"""Scores equal kvpress's LagKVPress on the same tensors; where policies differ is written down.
-
-kvpress pins other versions of half the world, so `make setup` installs it without its dependencies
-and only the files that hold the press are imported.
-"""
-
-import importlib
-import importlib.util
-import sys
-import types
+"""Scores equal kvpress's LagKVPress on the same tensors; where policies differ is written down."""
 
 import pytest
 import torch
@@ -18,22 +9,8 @@ SINK, LAG = 4, 16
 
 
 @pytest.fixture(scope="module")
-def press():
-    spec = importlib.util.find_spec("kvpress")
-    assert spec is not None, "make setup installs kvpress"
-    root = next(iter(spec.submodule_search_locations or ()))
-    saved = {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "kvpress"}
-    # the packages' own __init__ files import every press and all of their dependencies
-    for name, path in (("kvpress", root), ("kvpress.presses", f"{root}/presses")):
-        package = types.ModuleType(name)
-        package.__path__ = [path]
-        sys.modules[name] = package
-    try:
-        yield importlib.import_module("kvpress.presses.lagkv_press").LagKVPress
-    finally:
-        for name in [n for n in sys.modules if n.partition(".")[0] == "kvpress"]:
-            del sys.modules[name]
-        sys.modules.update(saved)
+def press(kvpress):
+    return kvpress("presses.lagkv_press").LagKVPress
 
 
 @pytest.fixture

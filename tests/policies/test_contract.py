@@ -310,7 +310,9 @@ PLAN_EVERYTHING = """
 import sys
 from tokenprune.lengths import PromptLayout
 from tokenprune.policies import EngineShape, policies
-engine = EngineShape(32, (0, 8, 12, 20), 4096)
+engine = EngineShape(
+    32, (0, 8, 12, 20), 4096, allow_channels=True, head_size=128, block_size=16
+)
 for axis in ("visual", "kv", "channels"):
     for cls in policies(axis).values():
         cls().plan(PromptLayout(600, ((5, 581),)), engine)

@@ -26,6 +26,7 @@ def test_presets_default_and_boundaries_are_listed() -> None:
     assert listing["default"] == PRESETS["balanced"]
     assert listing["engine"]["prune_layers"] == [2, 3]
     assert listing["engine"]["visual_unsupported"] is None
+    assert listing["engine"]["channels_allowed"] is False
     assert policies_listing(ENGINE, OFF)["default"] == {}
 
 

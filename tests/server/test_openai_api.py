@@ -102,7 +102,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [sys.executable, "-m", "tokenprune.cli", "serve", str(checkpoint)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prune-layers", "2,3,5", "--dtype", "float32", "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", "256M"]
+    command += ["--kv-cache-memory-bytes", "256M", "--block-size", "32", "--allow-channel-pruning"]
     command += ["--max-model-len", "1024", "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
     command += ["--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 2}']
     command += ["--trust-request-chat-template"]
@@ -401,6 +401,42 @@ def test_evicted_tokens_are_reported_and_counted(server: Server, stream: bool) -
     assert after[names["written"]] - before.get(names["written"], 0) >= computed
     assert after[names["evicted"]] - before.get(names["evicted"], 0) >= evicted
     assert after[freed] > before.get(freed, 0)
+
+
+def test_packed_channels_are_reported_and_counted_alone_and_with_evicted_tokens(
+    server: Server,
+) -> None:
+    think = {"method": "think", "keep_ratio": 0.5, "window": 8, "recent": 8}
+    kv = {"method": "lagkv", "sink": 4, "lag": 16, "keep_ratio": 0.5}
+    freed = 'tokenprune_kv_blocks_freed_total{{method="{}"}}'
+    before = server.metrics()
+    whole = server.chat(messages=LONG, max_tokens=40)
+    alone = server.chat(pruning={"channels": think}, messages=LONG, max_tokens=40)
+    both = server.chat(pruning={"channels": think, "kv": kv}, messages=LONG, max_tokens=40)
+    after = server.metrics()
+    computed = alone.usage["prompt_tokens"] + alone.usage["completion_tokens"] - 1
+    # of 64 elements 48 are kept, so 42 tokens share a block of 32 slots
+    saved = 10 * ((computed - 8) // 42)
+    assert alone.header == "channels=think;keys=16;values=32"
+    assert alone.pruning["applied"] == {"visual": None, "kv": None, "channels": "think"}
+    assert alone.pruning["kv_tokens_physical"] == computed - saved
+    # 8 layers, 2 KV heads, keys and values of 32 float32
+    assert alone.pruning["kv_bytes_saved"] == saved * 8 * 2 * 64 * 4
+    assert both.header == "kv=lagkv;keep_ratio=0.5;lag=16, channels=think;keys=16;values=32"
+    assert both.pruning["kv_tokens_physical"] < alone.pruning["kv_tokens_physical"]
+    for method in ("think", "lagkv+think"):
+        assert after[freed.format(method)] > before.get(freed.format(method), 0)
+    # the prompt sees all channels, so the first word is that of the unpruned answer
+    assert alone.text[:1] == whole.text[:1]
+
+
+def test_channels_that_rounding_leaves_alone_are_kept_and_counted(server: Server) -> None:
+    name = 'tokenprune_fallback_total{axis="channels",reason="no_gain"}'
+    before = server.metrics().get(name, 0)
+    think = {"method": "think", "keep_ratio": 0.9}
+    answer = server.chat(pruning={"channels": think}, messages=LONG)
+    assert answer.pruning["skipped"] == {"channels": "no_gain"}
+    assert server.metrics()[name] == before + 1
 
 
 def test_a_context_too_short_to_evict_from_is_served_whole(server: Server) -> None:

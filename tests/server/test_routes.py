@@ -336,6 +336,57 @@ def test_a_server_that_cannot_evict_says_why(start: Start) -> None:
     assert "quantised" in error["message"]
 
 
+THINK = {"channels": {"method": "think", "keep_ratio": 0.5}}
+LONG_TEXT = prompt(600)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        pytest.param(EngineShape(8, (0,), 100), "--allow-channel-pruning", id="not-allowed"),
+        pytest.param(
+            EngineShape(8, (0,), 100, allow_channels=True, channels_unsupported="it has sinks"),
+            "it has sinks",
+            id="unsupported",
+        ),
+    ],
+)
+def test_a_server_that_cannot_prune_channels_says_why(
+    start: Start, engine: EngineShape, message: str
+) -> None:
+    server = start(engine)
+    server.serving.prompts = [LONG_TEXT]
+    error = server.chat(pruning=THINK).json()["error"]
+    assert error["param"] == "pruning.channels"
+    assert message in error["message"]
+
+
+def test_channels_kept_are_in_the_header_and_what_they_save_in_usage(start: Start) -> None:
+    shape = EngineShape(8, (0,), 100, allow_channels=True, head_size=64, block_size=16)
+    server = start(shape)
+    server.serving.prompts = [LONG_TEXT]
+    response = server.chat(pruning=THINK)
+    assert response.headers["x-tokenprune-applied"] == "channels=think;keys=32;values=64"
+    block = response.json()["usage"]["pruning"]
+    assert block["applied"]["channels"] == "think"
+    assert block["kv_tokens_physical"] < 0.85 * block["kv_tokens_logical"]
+    assert block["kv_bytes_saved"] > 0
+
+
+def test_a_prompt_too_short_for_the_window_is_served_whole_and_counted(start: Start) -> None:
+    def fallbacks() -> float:
+        labels = {"axis": "channels", "reason": "prompt_too_short"}
+        return REGISTRY.get_sample_value("tokenprune_fallback_total", labels) or 0.0
+
+    before = fallbacks()
+    shape = EngineShape(8, (0,), 100, allow_channels=True, head_size=64, block_size=16)
+    server = start(shape)
+    server.serving.prompts = [TEXT]
+    block = server.chat(pruning=THINK).json()["usage"]["pruning"]
+    assert block["skipped"] == {"channels": "prompt_too_short"}
+    assert fallbacks() == before + 1
+
+
 def test_a_context_too_short_to_evict_from_is_served_whole_with_the_reason(start: Start) -> None:
     server = start()
     server.serving.prompts = [TEXT]

@@ -26,7 +26,13 @@ class CacheLayout(abc.ABC):
     """Reads and moves the rows of one request in one layer.
 
     `cache` is the layer's cache, `blocks` the request's block table `[num_blocks]`.
+
+    Attributes:
+        order: `[S, 2 * D]` int64, where each element of a block's rows lies in its storage; None
+            where they lie in order.
     """
+
+    order: Tensor | None = None
 
     @abc.abstractmethod
     def read(self, cache: Tensor, blocks: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -58,14 +64,14 @@ class PermutedLayout(CacheLayout):
     """
 
     def __init__(self, order: Tensor) -> None:
-        self._order = order
+        self.order: Tensor = order
 
     def read(self, cache: Tensor, blocks: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Copy whole blocks, put their elements in order, and cut the range out of them."""
         num_blocks, heads, block_size, width = cache.shape
         first, last = begin // block_size, -(-end // block_size)
         stored = cache.view(num_blocks, heads, -1)[blocks[first:last].long()]
-        rows = stored[:, :, self._order.flatten()].view(-1, heads, block_size, width)
+        rows = stored[:, :, self.order.flatten()].view(-1, heads, block_size, width)
         rows = rows.transpose(0, 1).reshape(heads, -1, width)
         rows = rows[:, begin - first * block_size : end - first * block_size]
         key, value = rows.chunk(2, dim=2)
@@ -82,8 +88,8 @@ class PermutedLayout(CacheLayout):
             take = source[:, start : start + tile, None]
             put = begin + start + torch.arange(take.shape[1])[None, :, None]
             # the gather is complete before the scatter begins
-            rows = stored[blocks[take // block_size], head, self._order[take[..., 0] % block_size]]
-            stored[blocks[put // block_size], head, self._order[put[..., 0] % block_size]] = rows
+            rows = stored[blocks[take // block_size], head, self.order[take[..., 0] % block_size]]
+            stored[blocks[put // block_size], head, self.order[put[..., 0] % block_size]] = rows
 
 
 def _rows(cache: Tensor, block_size: int, blocks: Tensor, begin: int, end: int) -> Tensor:

@@ -28,6 +28,9 @@ MAX_READ = 1 << 23
 class Compactor:
     """Evicts in the caches of one worker.
 
+    Attributes:
+        layouts: How rows lie in the cache of each layer.
+
     Args:
         config: KV cache groups.
         stages: Per stage its groups.
@@ -49,7 +52,7 @@ class Compactor:
         self._stats = stats
         self._names = [group.layer_names for group in config.kv_cache_groups]
         self._layers = layers
-        self._layouts: dict[str, CacheLayout] = {}
+        self.layouts: dict[str, CacheLayout] = {}
         for group, names in enumerate(self._names):
             for name in names:
                 cache = layers[name].kv_cache
@@ -60,7 +63,7 @@ class Compactor:
                         f"{block_tables.block_sizes[group]}; set --block-size {cache.shape[2]}"
                     )
                 backend = layers[name].get_attn_backend().get_name()
-                self._layouts[name] = layout_of(backend, layers[name], cache)
+                self.layouts[name] = layout_of(backend, layers[name], cache)
 
     def evict(self, request: PrunedRequest, index: int, before: int, after: int) -> None:
         """Evict what is due of one request after a step.
@@ -83,7 +86,7 @@ class Compactor:
                     self._evict_layer(policy, work, name, blocks)
 
     def _evict_layer(self, policy: KVPolicy, work: Due, name: str, blocks: Tensor) -> None:
-        layout, cache = self._layouts[name], self._layers[name].kv_cache
+        layout, cache = self.layouts[name], self._layers[name].kv_cache
         if policy.keeps_newest:
             begin = work.begin - work.first * work.keep
             rest = begin + work.evicted
@@ -96,7 +99,7 @@ class Compactor:
             layout.move(cache, blocks, newest, begin)
 
     def _cut_down(self, policy: KVPolicy, work: Due, name: str, blocks: Tensor) -> None:
-        layout, cache = self._layouts[name], self._layers[name].kv_cache
+        layout, cache = self.layouts[name], self._layers[name].kv_cache
         heads, width = cache.shape[1], cache.shape[3]
         lag, keep = work.lag, work.keep
         at_once = max(1, MAX_READ // (heads * width * lag) - 1)

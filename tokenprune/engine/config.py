@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "tokenprune"
 MAX_KV_GROUPS = 12
-_SETTINGS = ("presets", "prune_layers", "default")
+_SETTINGS = ("presets", "prune_layers", "default", "allow_channel_pruning")
 _LLAVA = (
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
@@ -35,10 +35,13 @@ class Settings:
     Attributes:
         prune_layers: Stage boundaries asked for, or None for the default of the model's depth.
         default_pruning: Applied to requests that say nothing about pruning.
+        allow_channel_pruning: Whether requests may prune KV channels; attention then also looks
+            for rows with packed blocks.
     """
 
     prune_layers: tuple[int, ...] | None
     default_pruning: Axes
+    allow_channel_pruning: bool = False
 
 
 def settings(vllm_config: VllmConfig) -> Settings:
@@ -64,9 +67,13 @@ def settings(vllm_config: VllmConfig) -> Settings:
         isinstance(layers, list) and all(type(layer) is int for layer in layers)
     ):
         raise ConfigurationError(f"prune_layers must be a list of layer numbers, got {layers!r}")
+    allow = raw.get("allow_channel_pruning", False)
+    if not isinstance(allow, bool):
+        raise ConfigurationError(f"allow_channel_pruning must be true or false, got {allow!r}")
     # every process that reads requests reads the settings first
     add_presets(raw.get("presets", {}))
-    return Settings(None if layers is None else tuple(layers), parse_pruning(raw.get("default")))
+    boundaries = None if layers is None else tuple(layers)
+    return Settings(boundaries, parse_pruning(raw.get("default")), allow)
 
 
 def engine_shape(vllm_config: VllmConfig) -> EngineShape:
@@ -77,7 +84,8 @@ def engine_shape(vllm_config: VllmConfig) -> EngineShape:
     """
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     unsupported = visual_pruning_unsupported(vllm_config)
-    asked = settings(vllm_config).prune_layers
+    chosen = settings(vllm_config)
+    asked = chosen.prune_layers
     if asked is not None:
         check_boundaries(num_layers, asked)
         layers = asked
@@ -96,6 +104,10 @@ def engine_shape(vllm_config: VllmConfig) -> EngineShape:
         kv_unsupported=kv_eviction_unsupported(vllm_config),
         max_model_len=vllm_config.model_config.max_model_len,
         importance_unsupported=unsupported or importance_unsupported(vllm_config),
+        allow_channels=chosen.allow_channel_pruning,
+        channels_unsupported=channel_pruning_unsupported(vllm_config),
+        head_size=vllm_config.model_config.get_head_size(),
+        block_size=vllm_config.cache_config.block_size,
     )
 
 
@@ -161,6 +173,18 @@ def kv_eviction_unsupported(vllm_config: VllmConfig) -> str | None:
     if dtype not in _PLAIN_CACHE:
         return f"the KV cache is quantised ({dtype})"
     return None
+
+
+def channel_pruning_unsupported(vllm_config: VllmConfig) -> str | None:
+    """Return why KV channels cannot be pruned in this engine, or None if they can."""
+    model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    unsupported = kv_eviction_unsupported(vllm_config)
+    if unsupported is None and dtype != "auto":
+        from vllm.utils.torch_utils import get_kv_cache_torch_dtype
+
+        if get_kv_cache_torch_dtype(dtype, model.dtype) != model.dtype:
+            return f"the KV cache is {dtype}, but queries are {model.dtype}"
+    return unsupported
 
 
 def default_boundaries(num_layers: int) -> tuple[int, ...]:

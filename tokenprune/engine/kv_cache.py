@@ -7,8 +7,8 @@ back to the pool at the head of the next `schedule()`, which knows that the step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from vllm.v1.core.single_type_kv_cache_manager import (
@@ -18,7 +18,11 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from tokenprune.policies import EngineShape
 from tokenprune.request import RequestPlan
+
+NO_LAYOUT = "the layout of the KV cache is not known"
+NOT_PLAIN = "attention has sinks of its own or caps its logits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +33,20 @@ class StagedAttentionSpec(FullAttentionSpec):
         stage: Stage of the layer.
         evicts: Whether the worker can move this layer's rows; said by the worker, which knows the
             attention backend, and read by the scheduler.
+        packs: Whether its rows may also be packed with fewer channels; said by the worker too.
     """
 
     stage: int
     evicts: bool = False
+    packs: bool = False
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, stage: int, evicts: bool = False) -> Self:
+    def of(
+        cls, spec: FullAttentionSpec, stage: int, evicts: bool = False, packs: bool = False
+    ) -> Self:
         """Return `spec` with a stage."""
         values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        return cls(**(values | {"stage": stage, "evicts": evicts}))
+        return cls(**(values | {"stage": stage, "evicts": evicts, "packs": packs}))
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
@@ -46,7 +54,8 @@ class StagedAttentionSpec(FullAttentionSpec):
         stages = {spec.stage for spec in specs}
         assert len(stages) == 1, f"layers of different stages must not merge, got {stages}"
         evicts = all(spec.evicts for spec in specs)
-        return cls.of(FullAttentionSpec.merge(specs), stages.pop(), evicts)
+        packs = all(spec.packs for spec in specs)
+        return cls.of(FullAttentionSpec.merge(specs), stages.pop(), evicts, packs)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Return whether all layers are of this stage."""
@@ -79,7 +88,7 @@ class StagedManager(FullAttentionManager):
         if plan is None or plan.lengths is None:
             return num_tokens
         lengths, stage = plan.lengths, self.kv_cache_spec.stage
-        if lengths.eviction is None:
+        if not lengths.shrinks:
             return lengths.physical(num_tokens, stage)
         if all_steps:
             return lengths.highest_peak(num_tokens, self.max_step, stage)
@@ -116,6 +125,17 @@ class StagedManager(FullAttentionManager):
         """Keep pruned requests out of the prefix cache: their blocks hold other tokens."""
         if request.request_id not in self.plans:
             super().cache_blocks(request, *args, **kwargs)
+
+
+def shape_of_cache(shape: EngineShape, specs: Sequence[KVCacheSpec]) -> EngineShape:
+    """Return the engine's shape with what its KV cache groups say; the same in every process."""
+    # backends may change what the configuration says of blocks before the cache is made
+    shape = replace(shape, block_size=specs[0].block_size)
+    if not all(isinstance(spec, StagedAttentionSpec) and spec.evicts for spec in specs):
+        return replace(shape, kv_unsupported=NO_LAYOUT, channels_unsupported=NO_LAYOUT)
+    if not all(spec.packs for spec in specs) and shape.channels_unsupported is None:
+        return replace(shape, channels_unsupported=NOT_PLAIN)
+    return shape
 
 
 def register_specs() -> None:

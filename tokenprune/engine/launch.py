@@ -36,6 +36,7 @@ def engine_arguments(
     prune_layers: Sequence[int] | None = None,
     default: str | None = None,
     presets: Mapping[str, Any] | None = None,
+    allow_channel_pruning: bool = False,
 ) -> dict[str, Any]:
     """Return keyword arguments that give vLLM's `LLM` or `EngineArgs` the pruning engine.
 
@@ -44,13 +45,15 @@ def engine_arguments(
             sequence serves KV methods only.
         default: Preset for requests that say nothing about pruning.
         presets: Presets by name beside the built-in ones; see `tokenprune.presets.load_presets`.
+        allow_channel_pruning: Let requests prune KV channels.
     """
-    asked = {"prune_layers": prune_layers, "default": default, "presets": presets or None}
-    values = {
-        key: list(value) if key == "prune_layers" else value
-        for key, value in asked.items()
-        if value is not None
+    asked = {
+        "prune_layers": None if prune_layers is None else list(prune_layers),
+        "default": default,
+        "presets": presets or None,
+        "allow_channel_pruning": allow_channel_pruning or None,
     }
+    values = {key: value for key, value in asked.items() if value is not None}
     return {
         "scheduler_cls": SCHEDULER_CLS,
         "worker_cls": WORKER_CLS,
@@ -65,6 +68,7 @@ def serve(
     default: str | None = None,
     default_model: Callable[[], DefaultModel] | None = None,
     presets: Mapping[str, Any] | None = None,
+    allow_channel_pruning: bool = False,
 ) -> None:
     """Run `vllm serve` in this process with the pruning engine.
 
@@ -74,12 +78,13 @@ def serve(
         default: As in `engine_arguments`.
         default_model: Called where the arguments name no model; without it vLLM chooses one.
         presets: As in `engine_arguments`.
+        allow_channel_pruning: As in `engine_arguments`.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
         VersionError: vLLM is missing or not a tested version.
     """
-    command = vllm_arguments(arguments, prune_layers, default, presets)
+    command = vllm_arguments(arguments, prune_layers, default, presets, allow_channel_pruning)
     sys.argv = ["vllm", "serve", *_prepare(command, arguments, default_model)]
     _run_serve()
 
@@ -141,13 +146,14 @@ def vllm_arguments(
     prune_layers: Sequence[int] | None = None,
     default: str | None = None,
     presets: Mapping[str, Any] | None = None,
+    allow_channel_pruning: bool = False,
 ) -> list[str]:
     """Return `arguments` with ours added.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
     """
-    ours = engine_arguments(prune_layers, default, presets)
+    ours = engine_arguments(prune_layers, default, presets, allow_channel_pruning)
     # vLLM lets the command line replace a file's value, so ours must contain the file's
     file = _config_file(arguments)
     additional = file.get(_ADDITIONAL, {})

@@ -22,13 +22,14 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from tokenprune.engine.cache_layout import KNOWN_BACKENDS
+from tokenprune.engine.channels import ChannelPruner
 from tokenprune.engine.compaction import Compactor
 from tokenprune.engine.config import engine_shape, settings
 from tokenprune.engine.importance import ImageScorer, ScoredEncoderCache
-from tokenprune.engine.kv_cache import StagedAttentionSpec
+from tokenprune.engine.kv_cache import StagedAttentionSpec, shape_of_cache
 from tokenprune.engine.model_state import StagedModelState, StagedStep, stage_groups
 from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
-from tokenprune.engine.scheduler import CHECKSUM, NO_LAYOUT
+from tokenprune.engine.scheduler import CHECKSUM
 from tokenprune.engine.staged_prefill import StagedPrefill
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PrunedRequest, StageRows, stage_rows
@@ -48,6 +49,9 @@ class PruningModelRunner(GPUModelRunner):
             self.encoder_cache = ScoredEncoderCache()
         self._staged: StagedPrefill | None = None
         self._pruning_step = False
+        # the step runs code of ours between layers that no CUDA graph may skip
+        self._needs_no_graph = False
+        self._channels: ChannelPruner | None = None
         self._compactor: Compactor | None = None
         self.stats = WorkerStats(self.device, self._shape.num_layers)
         # rows are vLLM's request indices; a row is None, or zero, for a request that is not pruned
@@ -65,6 +69,7 @@ class PruningModelRunner(GPUModelRunner):
         if len(boundaries) == 1 and not full:
             return specs
         evicts = full and all(self._evicts(name, spec) for name, spec in specs.items())
+        packs = evicts and all(self._packs(name) for name in specs)
         staged = {}
         for name, spec in specs.items():
             if type(spec) is not FullAttentionSpec:
@@ -73,13 +78,18 @@ class PruningModelRunner(GPUModelRunner):
                     f'{type(spec).__name__} in {name}; start with --prune-layers ""'
                 )
             stage = np.searchsorted(boundaries, extract_layer_index(name), side="right") - 1
-            staged[name] = StagedAttentionSpec.of(spec, int(stage), evicts)
+            staged[name] = StagedAttentionSpec.of(spec, int(stage), evicts, packs)
         return staged
 
     def _evicts(self, name: str, spec: FullAttentionSpec) -> bool:
         layer = self._attention_layers[name]
         whole = spec.sliding_window is None and spec.attention_chunk_size is None
         return whole and layer.get_attn_backend().get_name() in KNOWN_BACKENDS
+
+    def _packs(self, name: str) -> bool:
+        impl = self._attention_layers[name].impl
+        capped = getattr(impl, "logits_soft_cap", None)
+        return getattr(impl, "sinks", None) is None and not capped
 
     @property
     def _attention_layers(self) -> dict[str, Any]:
@@ -111,6 +121,7 @@ class PruningModelRunner(GPUModelRunner):
         self._groups = stage_groups(self.kv_cache_config)
         self._slots_of_stage = torch.empty_like(self.block_tables.slot_mappings)
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        self._shape = shape_of_cache(self._shape, specs)
         if all(isinstance(spec, StagedAttentionSpec) and spec.evicts for spec in specs):
             self._compactor = Compactor(
                 self.kv_cache_config,
@@ -119,14 +130,14 @@ class PruningModelRunner(GPUModelRunner):
                 self.block_tables,
                 self.stats,
             )
-        else:
-            self._shape = dataclasses.replace(self._shape, kv_unsupported=NO_LAYOUT)
+            if self._shape.allow_channels and self._shape.channels_unsupported is None:
+                self._prune_channels(self._compactor)
         dispatch = self.cudagraph_manager.dispatch
 
         @functools.wraps(dispatch)
         def eager_when_pruning(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
             descriptor = dispatch(num_reqs, num_tokens, *args, **kwargs)
-            if not self._pruning_step:
+            if not (self._pruning_step or self._needs_no_graph):
                 return descriptor
             return BatchExecutionDescriptor(
                 cg_mode=CUDAGraphMode.NONE,
@@ -136,6 +147,18 @@ class PruningModelRunner(GPUModelRunner):
             )
 
         self.cudagraph_manager.dispatch = eager_when_pruning
+
+    def _prune_channels(self, compactor: Compactor) -> None:
+        groups = self.kv_cache_config.kv_cache_groups
+        self._channels = ChannelPruner(
+            compactor,
+            [[(g, groups[g].layer_names) for g in stage] for stage in self._groups],
+            self.block_tables,
+            self._attention_layers,
+            self.max_num_reqs,
+            self.stats,
+        )
+        self.model_state.channels = self._channels
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Take over new requests; the scheduler says which of them are pruned."""
@@ -163,6 +186,8 @@ class PruningModelRunner(GPUModelRunner):
         if index is not None and self._is_pruned[index]:
             self._pruned[index] = None
             self._is_pruned[index] = False
+            if self._channels is not None:
+                self._channels.forget(index)
             self._behind[:, index] = 0
             self._behind_on_device[:, index] = 0
         return super()._remove_request(req_id)
@@ -171,10 +196,12 @@ class PruningModelRunner(GPUModelRunner):
         """Run a step; outside CUDA graphs and compiled code if it prunes."""
         try:
             output = super().execute_model(scheduler_output, *args, **kwargs)
-            self._evict(scheduler_output)
+            self._shrink(scheduler_output)
             return output
         finally:
-            self._pruning_step = False
+            self._pruning_step = self._needs_no_graph = False
+            if self._channels is not None:
+                self._channels.end_step()
             if self._staged is not None:
                 self._staged.disarm()
 
@@ -184,7 +211,7 @@ class PruningModelRunner(GPUModelRunner):
         for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             index = self.req_states.req_id_to_index[request_id]
             request = self._pruned[index]
-            if request is not None and request.plan.kv is not None:
+            if request is not None and request.shrinks:
                 self._drop_blocks(request, index, computed)
         super().update_requests(scheduler_output)
         moved = False
@@ -201,9 +228,14 @@ class PruningModelRunner(GPUModelRunner):
                 raise DivergenceError(
                     f"request {request_id}: the scheduler counts {expected}, the worker {found}"
                 )
+            if request.plan.channels is not None and (
+                before < request.layout.num_tokens or after > before + 1
+            ):
+                # its queries are looked at, or it has more rows than a graph has room for
+                self._needs_no_graph = True
             if request.drops_rows(before):
                 self._pruning_step = True
-            elif request.plan.kv is not None:
+            elif request.shrinks:
                 behind = request.behind(before)
                 if (self._behind[:, index] != behind).any():
                     self._behind[:, index] = behind
@@ -220,32 +252,32 @@ class PruningModelRunner(GPUModelRunner):
                 freed += max(0, int(num_blocks[group, index]) - needed)
                 num_blocks[group, index] = min(num_blocks[group, index], needed)
         if freed:
-            self.stats.count_freed(request.kv_method, freed)
+            self.stats.count_freed(request.freeing_method, freed)
 
-    def _evict(self, scheduler_output: SchedulerOutput) -> None:
+    def _shrink(self, scheduler_output: SchedulerOutput) -> None:
         for request_id in getattr(scheduler_output, CHECKSUM, {}):
             index = self.req_states.req_id_to_index[request_id]
             request = self._pruned[index]
-            if request is None or request.plan.kv is None:
+            if request is None or not request.shrinks:
                 continue
             before = int(self.req_states.num_computed_tokens_np[index])
             after = before + scheduler_output.num_scheduled_tokens[request_id]
-            assert self._compactor is not None, "the scheduler must not plan what we cannot do"
-            self._compactor.evict(request, index, before, after)
-            self._count_kv(request, before, after)
+            if request.plan.kv is not None:
+                assert self._compactor is not None, "the scheduler must not plan what we cannot do"
+                self._compactor.evict(request, index, before, after)
+                self._count_kv(request, before, after)
+            if request.plan.channels is not None:
+                assert self._channels is not None, "the scheduler must not plan what we cannot do"
+                self._channels.finish(request, index, before, after)
 
     def _count_kv(self, request: PrunedRequest, before: int, after: int) -> None:
-        sizes = self._shape.stage_sizes()
+        lengths = request.plan.lengths
+        assert lengths is not None
         written = evicted = 0
-        for size, held, peak, left in zip(
-            sizes,
-            request.physical(before),
-            request.peak(before, after),
-            request.physical(after),
-            strict=True,
-        ):
-            written += size * (peak - held)
-            evicted += size * (peak - left)
+        for stage, size in enumerate(self._shape.stage_sizes()):
+            grown = lengths.entered(after, stage) - lengths.entered(before, stage)
+            written += size * grown
+            evicted += size * (lengths.held(before, stage) + grown - lengths.held(after, stage))
         self.stats.count_kv(request.kv_method, written, evicted)
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[Tensor, ...], Any]:
@@ -270,6 +302,7 @@ class PruningModelRunner(GPUModelRunner):
         if num_tokens != num_reqs:
             counts = torch.from_numpy(batch.num_scheduled_tokens).to(self.device)
             of_token = behind.repeat_interleave(counts, dim=1, output_size=num_tokens)
+        own_rows = self._begin_channels(batch, [batch.query_start_loc_np] * len(self._groups))
         batches = []
         for stage in range(len(self._groups)):
             indices = batch.positions[:num_tokens] - of_token[stage]
@@ -278,17 +311,42 @@ class PruningModelRunner(GPUModelRunner):
             seq_lens[:num_reqs] -= behind[stage]
             upper = batch.seq_lens_cpu_upper_bound.clone()
             upper[:num_reqs] -= torch.from_numpy(behind_np[stage])
+            if own_rows is not None:
+                # what vLLM makes of a row with packed blocks is overwritten
+                upper[:num_reqs].clamp_(max=torch.from_numpy(own_rows[stage]))
+                limit = async_tensor_h2d(own_rows[stage], device=self.device)
+                seq_lens[:num_reqs].clamp_(max=limit)
             batches.append(
                 dataclasses.replace(batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper)
             )
         self.model_state.step = StagedStep(batch, batches)
         return self.block_tables.slot_mappings[:, : batch.num_tokens_after_padding]
 
+    def _begin_channels(self, batch: InputBatch, starts: list[np.ndarray]) -> np.ndarray | None:
+        """Begin a step of the channel pruner.
+
+        Returns:
+            `[stages, num_reqs]` int32 limit of what vLLM's attention reads, which is the row's
+            own tokens where it has packed blocks; None if no row has.
+        """
+        if self._channels is None:
+            return None
+        requests = [self._pruned[i] for i in batch.idx_mapping_np]
+        computed, scheduled = batch.num_computed_tokens_np, batch.num_scheduled_tokens
+        self._channels.begin_step(requests, batch.idx_mapping_np, computed, starts, scheduled)
+        limits = np.full((len(starts), len(requests)), np.iinfo(np.int32).max, dtype=np.int32)
+        for i, request in enumerate(requests):
+            if request is not None and request.plan.channels is not None:
+                packed = np.array(request.packed_blocks(int(computed[i]))) > 0
+                limits[packed, i] = scheduled[i]
+        return limits if (limits != np.iinfo(np.int32).max).any() else None
+
     def _pruning_slots(self, batch: InputBatch) -> list[Tensor]:
         """Later stages have fewer rows; arm the hooks that drop the others."""
         requests = [self._pruned[i] for i in batch.idx_mapping_np]
         computed, scheduled = batch.num_computed_tokens_np, batch.num_scheduled_tokens
         stages = stage_rows(requests, computed, scheduled, len(self._groups))
+        self._begin_channels(batch, [rows.starts for rows in stages])
         slots: list[Tensor] = [batch.positions] * len(self.kv_cache_config.kv_cache_groups)
         batches = []
         for stage, rows in enumerate(stages):
@@ -352,6 +410,11 @@ class PruningModelRunner(GPUModelRunner):
     def kv_unsupported(self) -> str | None:
         """Why KV tokens cannot be evicted here, or None; known once there is a cache."""
         return self._shape.kv_unsupported
+
+    @property
+    def channels_unsupported(self) -> str | None:
+        """Why KV channels cannot be pruned here, or None; known once there is a cache."""
+        return self._shape.channels_unsupported
 
     def kv_bytes_saved(self) -> int:
         """Return the bytes of KV blocks that live pruned requests do without, from block tables."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -11,7 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from tokenprune.engine.config import check_supported, engine_shape, settings
-from tokenprune.engine.kv_cache import StagedManager
+from tokenprune.engine.kv_cache import StagedManager, shape_of_cache
 from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
 from tokenprune.errors import PolicyError
 from tokenprune.request import RequestPlan
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 # attribute added to SchedulerOutput: {request id: (tokens computed after the step, physical
 # lengths per stage then, blocks per KV cache group during it)} of the pruned requests in the step
 CHECKSUM = "tokenprune"
-NO_LAYOUT = "the layout of the KV cache is not known"
 
 
 class PruningScheduler(AsyncScheduler):
@@ -39,12 +37,11 @@ class PruningScheduler(AsyncScheduler):
             manager.plans = self._plans
             manager.num_computed = self._num_computed
             manager.max_step = self.vllm_config.scheduler_config.max_num_batched_tokens
-        evicts = len(self._managers) == len(managers) and all(
-            m.kv_cache_spec.evicts for m in self._managers
-        )
-        if not evicts:
-            logger.warning("KV tokens will not be evicted: %s", NO_LAYOUT)
-            self._shape = replace(self._shape, kv_unsupported=NO_LAYOUT)
+        self._shape = shape_of_cache(self._shape, [m.kv_cache_spec for m in managers])
+        if self._shape.kv_unsupported is not None:
+            logger.warning("KV tokens will not be evicted: %s", self._shape.kv_unsupported)
+        if self._shape.allow_channels and self._shape.channels_unsupported is not None:
+            logger.warning("KV channels will not be pruned: %s", self._shape.channels_unsupported)
 
     def _num_computed(self, request_id: str) -> int:
         return int(self.requests[request_id].num_computed_tokens)
@@ -109,7 +106,7 @@ class PruningScheduler(AsyncScheduler):
         """Free what the last step evicted, schedule a step, and add the checksum."""
         for request in self.running:
             plan = self._plans.get(request.request_id)
-            if plan is not None and plan.kv is not None:
+            if plan is not None and plan.lengths is not None and plan.lengths.shrinks:
                 for manager in self._managers:
                     manager.free_evicted(request.request_id, request.num_computed_tokens)
         output = super().schedule(*args, **kwargs)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenprune.lengths import PromptLayout
+from tokenprune.policies import ChannelPolicy
 from tokenprune.request import RequestPlan
 
 IntArray = NDArray[np.int32]
@@ -47,11 +48,29 @@ class PrunedRequest:
         return tuple(num_computed - p for p in self.physical(num_computed))
 
     @property
+    def shrinks(self) -> bool:
+        """Whether it gives slots up while it runs."""
+        return self.plan.lengths is not None and self.plan.lengths.shrinks
+
+    @property
     def kv_method(self) -> str:
         """The KV method's name."""
         policy = self.plan.pruning.policy("kv")
         assert policy is not None
         return str(policy.model_dump()["method"])
+
+    @property
+    def freeing_method(self) -> str:
+        """What empties blocks while the request runs, e.g. `lagkv` or `lagkv+think`."""
+        plans = {"kv": self.plan.kv, "channels": self.plan.channels}
+        asked = (self.plan.pruning.policy(axis) for axis, plan in plans.items() if plan)
+        return "+".join(str(policy.model_dump()["method"]) for policy in asked if policy)
+
+    def packed_blocks(self, num_computed: int) -> tuple[int, ...]:
+        """Return the packed blocks of every stage."""
+        lengths = self.plan.lengths
+        assert lengths is not None
+        return tuple(lengths.packed_blocks(num_computed, s) for s in range(len(lengths.dropped)))
 
     def drops_rows(self, num_computed: int) -> bool:
         """Return whether a step from `num_computed` tokens on has fewer rows in later stages."""
@@ -66,7 +85,8 @@ class StageRows:
         counts: `[num_reqs]` rows of each request.
         starts: `[num_reqs + 1]` where each request's rows begin.
         base: `[num_reqs]` cache index of each request's first row.
-        seq_lens: `[num_reqs]` slots during the step, its own tokens included.
+        seq_lens: `[num_reqs]` slots during the step, its own tokens included. Of a row with packed
+            blocks only its own tokens: what vLLM makes of such a row is overwritten.
         idle: Rows that stand in for a request with nothing to compute here: attention cannot
             take an empty query, so one row runs, is not written to the cache and is not read.
     """
@@ -104,10 +124,12 @@ def stage_rows(
     """
     before = np.repeat(computed[None], num_stages, axis=0).astype(np.int32)
     after = before + scheduled.astype(np.int32)
+    packed = np.zeros_like(before)
     for i, request in enumerate(requests):
         if request is not None:
             before[:, i] = request.physical(int(computed[i]))
             after[:, i] = request.peak(int(computed[i]), int(computed[i] + scheduled[i]))
+            packed[:, i] = request.packed_blocks(int(computed[i]))
     stages = []
     for stage in range(num_stages):
         counts = after[stage] - before[stage]
@@ -120,7 +142,7 @@ def stage_rows(
                 counts=counts,
                 starts=starts,
                 base=before[stage],
-                seq_lens=np.maximum(after[stage], 1),
+                seq_lens=np.where(packed[stage] > 0, counts, np.maximum(after[stage], 1)),
                 idle=starts[empty],
             )
         )
@@ -173,8 +195,8 @@ class Due:
 
 def due(request: PrunedRequest, before: int, after: int, stage: int) -> Due | None:
     """Return what the step from `before` to `after` tokens leaves to evict, or None."""
-    assert request.plan.kv is not None
-    lengths = request.plan.kv.lengths
+    lengths = request.plan.lengths
+    assert lengths is not None
     eviction = lengths.eviction
     assert eviction is not None
     first = lengths.partitions_cut(before, stage)
@@ -182,6 +204,54 @@ def due(request: PrunedRequest, before: int, after: int, stage: int) -> Due | No
     keep = eviction.keep[stage]
     if count == 0 or keep == eviction.lag:
         return None
-    begin = eviction.sink + first * keep
+    begin = eviction.sink + first * keep - lengths.saved_by_packing(before, stage)
     end = lengths.peak(before, after, stage)
     return Due(first, count, begin, end, eviction.lag, keep)
+
+
+@dataclass(frozen=True, slots=True)
+class DuePacking:
+    """Which tokens of one request at one stage a step leaves to pack, in cache indices.
+
+    Attributes:
+        first: Packed blocks there already.
+        count: Blocks to pack; the tokens lie behind the packed blocks.
+        end: Slots in use, eviction done.
+        block: Slots of a block.
+        tokens: Tokens of a packed block.
+    """
+
+    first: int
+    count: int
+    end: int
+    block: int
+    tokens: int
+
+
+def due_packing(request: PrunedRequest, before: int, after: int, stage: int) -> DuePacking | None:
+    """Return what the step from `before` to `after` tokens leaves to pack, or None."""
+    lengths = request.plan.lengths
+    assert lengths is not None
+    assert lengths.packing is not None
+    first = lengths.packed_blocks(before, stage)
+    count = lengths.packed_blocks(after, stage) - first
+    if count == 0:
+        return None
+    end = lengths.held(after, stage) - lengths.saved_by_packing(before, stage)
+    return DuePacking(first, count, end, lengths.packing.block, lengths.packing.tokens)
+
+
+def window_rows(request: PrunedRequest, before: int, after: int, stage: int) -> range:
+    """Return which rows of a step, counted from the request's first, end the prompt at `stage`.
+
+    The window is the last rows of the prompt that reach the stage; a step may hold part of it.
+    """
+    policy, lengths = request.plan.pruning.policy("channels"), request.plan.lengths
+    assert isinstance(policy, ChannelPolicy)
+    assert lengths is not None
+    prompt = request.layout.num_tokens
+    if before >= prompt:
+        return range(0)
+    begin, end = lengths.entered(before, stage), lengths.entered(min(after, prompt), stage)
+    first = max(begin, lengths.entered(prompt, stage) - policy.window)
+    return range(first - begin, max(first, end) - begin)

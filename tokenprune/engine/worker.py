@@ -68,6 +68,12 @@ class PruningWorker(PlatformWorker):
         """Return why KV tokens cannot be evicted in this worker, or None if they can."""
         return self.model_runner.kv_unsupported
 
+    def tokenprune_channels(self) -> tuple[str | None, int]:
+        """Return why KV channels cannot be pruned in this worker, or None; and slots of a block."""
+        runner = self.model_runner
+        spec = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        return runner.channels_unsupported, spec.block_size
+
     def tokenprune_stats(self) -> dict[str, Any]:
         """Return this worker's figures since the engine started, as plain data."""
         runner = self.model_runner

@@ -7,6 +7,7 @@ from tokenprune.kernels.ops.attention_importance import (
     attention_importance,
     attention_importance_reference,
 )
+from tokenprune.kernels.ops.channel_scores import channel_scores, channel_scores_reference
 from tokenprune.kernels.ops.instruction_attention import (
     instruction_attention,
     instruction_attention_reference,
@@ -14,6 +15,12 @@ from tokenprune.kernels.ops.instruction_attention import (
 from tokenprune.kernels.ops.lag_compact import lag_compact, lag_compact_reference
 from tokenprune.kernels.ops.lag_keep import lag_keep, lag_keep_reference
 from tokenprune.kernels.ops.lag_scores import lag_scores, lag_scores_reference
+from tokenprune.kernels.ops.packed_decode_attention import (
+    pack,
+    packed_decode_attention,
+    packed_decode_attention_reference,
+    places_of,
+)
 from tokenprune.kernels.ops.patch_entropy import patch_entropy, patch_entropy_reference
 from tokenprune.kernels.ops.recycle import recycle, recycle_reference
 from tokenprune.kernels.ops.transition_scores import (
@@ -24,6 +31,8 @@ from tokenprune.kernels.ops.transition_scores import (
 __all__ = [
     "attention_importance",
     "attention_importance_reference",
+    "channel_scores",
+    "channel_scores_reference",
     "instruction_attention",
     "instruction_attention_reference",
     "lag_compact",
@@ -32,8 +41,12 @@ __all__ = [
     "lag_keep_reference",
     "lag_scores",
     "lag_scores_reference",
+    "pack",
+    "packed_decode_attention",
+    "packed_decode_attention_reference",
     "patch_entropy",
     "patch_entropy_reference",
+    "places_of",
     "recycle",
     "recycle_reference",
     "transition_scores",

@@ -15,9 +15,13 @@ from tokenprune.policies.base import (
     VisualPolicy,
     policies,
 )
+from tokenprune.policies.channels import ChannelInputs, ChannelPlan, ChannelPolicy
 from tokenprune.policies.eviction import KVPlan, KVPolicy, PartitionInputs
 
 __all__ = [
+    "ChannelInputs",
+    "ChannelPlan",
+    "ChannelPolicy",
     "CropInputs",
     "EngineShape",
     "ImageInputs",

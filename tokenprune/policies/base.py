@@ -37,6 +37,10 @@ class EngineShape:
         kv_unsupported: Why KV tokens cannot be evicted in this engine, or None.
         max_model_len: Longest context, or None where nothing bounds it.
         importance_unsupported: Why patches cannot be scored in this model's vision tower, or None.
+        allow_channels: Whether the engine was started to prune KV channels.
+        channels_unsupported: Why KV channels cannot be pruned in this engine, or None.
+        head_size: Channels of a key, and of a value, in one head.
+        block_size: Slots of a KV block.
     """
 
     num_layers: int
@@ -46,6 +50,10 @@ class EngineShape:
     kv_unsupported: str | None = None
     max_model_len: int | None = None
     importance_unsupported: str | None = None
+    allow_channels: bool = False
+    channels_unsupported: str | None = None
+    head_size: int = 0
+    block_size: int = 0
 
     @property
     def prune_layers(self) -> tuple[int, ...]:
