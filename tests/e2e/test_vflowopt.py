@@ -64,6 +64,8 @@ def assert_like_oracle(
 
 
 STORY = "USER: <image>\nA first one. <image> Then another, <image>\nWhich was it?\nASSISTANT:"
+# a chunk that ends in the middle of the image, if it may
+LATE = "USER: " + " ".join(f"It was {i % 7} on day {i}." for i in range(12)) + f" {DESCRIBE}"
 # the map of random weights is flat: few patches receive much more than the mean
 CASES = {
     "defaults": Ask(DESCRIBE, (1,), vflowopt(0.25)),
@@ -82,6 +84,7 @@ CASES = {
     "two-images": Ask(COMPARE, (1, 2), vflowopt(0.3, threshold=1.5)),
     "same-image-twice": Ask(COMPARE, (3, 3), vflowopt(0.2, threshold=1.5)),
     "three-images": Ask(STORY, (1, 7, 2), vflowopt(0.2, threshold=1.4, cell=4)),
+    "text-in-front": Ask(LATE, (3,), vflowopt(0.3, threshold=1.5)),
     "off": Ask(COMPARE, (1, 2)),
     "text": Ask(TEXT),
     "transprune": Ask(DESCRIBE, (1,), visual("transprune", 0.25)),
@@ -239,7 +242,7 @@ def test_chunked_prefill_equals_prefill_in_one_step(
 def test_chunks_end_outside_images(
     cramped: Engine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = CASES["three-images"]
+    ask = CASES["text-in-front"]
     _, rows = oracle.embed(ask.prompt, [image(s) for s in ask.images])
     spans = layout_of(rows).visual_spans
     inside = {p for start, end in spans for p in range(start + 1, end)}
@@ -249,7 +252,7 @@ def test_chunks_end_outside_images(
         return set(itertools.accumulate(n for n in chunks if n > 1))
 
     cramped.ask(ask)
-    assert len(ends()) >= 3
+    assert len(ends()) >= 2
     assert not ends() & inside
     chunks.clear()
     cramped.ask(replace(ask, pruning=visual("uniform")))
