@@ -253,6 +253,8 @@ class ChannelPruner:
 
 def _observed(impl: Any, pruner: ChannelPruner, layer: _Layer) -> Any:
     """Return a copy of an attention implementation that calls `after_attention`."""
+    # to measure its graphs vLLM makes a cache, and a pruner, before the one it serves from
+    impl = getattr(impl, "unobserved", impl)
     own = type(impl)
 
     @no_type_check
@@ -267,5 +269,5 @@ def _observed(impl: Any, pruner: ChannelPruner, layer: _Layer) -> Any:
 
     observed = type(f"Observed{own.__name__}", (own,), {"forward": forward})
     copy: Any = object.__new__(observed)
-    copy.__dict__.update(impl.__dict__)
+    copy.__dict__.update(impl.__dict__, unobserved=impl)
     return copy
