@@ -32,8 +32,7 @@ from tokenprune.kernels.ops.launch import (
 if TYPE_CHECKING:
     import triton.language as tl  # noqa: F401 - mypy resolves the annotations of the kernels
 
-# columns of `rows`
-TOKEN, REQUEST, PACKED, DENSE, WIDTH = range(5)
+# columns of `rows`: row of the query, request, packed blocks, dense tokens, width
 ROW_FIELDS = 5
 MAX_SPLITS = 16
 

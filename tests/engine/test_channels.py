@@ -228,6 +228,24 @@ def test_a_graph_reads_the_rows_of_the_step_at_one_place():
     assert (buffer[:, 0] == -1).all()
 
 
+def test_a_second_pruner_takes_the_place_of_the_first():
+    # vLLM makes a cache to measure its graphs with, and then the real one
+    bench = Bench("TRITON_ATTN", 150)
+    first = bench.pruner
+    names = [[(0, list(bench.layers))]]
+    tables = types.SimpleNamespace(
+        block_tables=[types.SimpleNamespace(gpu=torch.zeros(5, 40, dtype=torch.int32))]
+    )
+    second = ChannelPruner(bench.compactor, names, tables, bench.layers, 5, first._stats)
+    for layer in bench.layers.values():
+        assert type(layer.impl).__mro__[1] is Attention
+    bench.pruner = second
+    second._layers[0].blocks[bench.index] = bench.blocks
+    bench.step(150)
+    assert all(layer.kept for layer in second._layers)
+    assert not any(layer.windows or layer.kept for layer in first._layers)
+
+
 def test_an_observed_implementation_is_still_one_of_its_kind():
     bench = Bench("TRITON_ATTN", 150)
     for layer in bench.layers.values():

@@ -284,6 +284,9 @@ def test_a_row_of_tokens_goes_through_steps_as_counted(case):
                 assert counted.seq_lens[0] == counted.counts[0]
             if lengths.eviction and (work := due(request, computed, after, stage)):
                 oldest = packed[stage] * lengths.packing.tokens
+                # partitions are counted among tokens, and cache indices lie behind those
+                eviction = lengths.eviction
+                assert work.begin + saved == eviction.sink + work.first * eviction.keep[stage]
                 assert work.begin + saved >= oldest, "a packed token is never evicted"
                 rows[stage] = evicted(rows[stage], work, saved)
             if work := due_packing(request, computed, after, stage):

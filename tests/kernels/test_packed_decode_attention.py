@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenprune.kernels import pack, packed_decode_attention, places_of
-from tokenprune.kernels.ops.packed_decode_attention import ROW_FIELDS
+from tokenprune.kernels import ROW_FIELDS, pack, packed_decode_attention, places_of
 
 # one rounding of the inputs and one of the output; sums are in float32
 TOLERANCES = {

@@ -25,11 +25,8 @@ from tokenprune.engine.cache_layout import CacheLayout
 from tokenprune.engine.compaction import MAX_READ, Compactor
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import DuePacking, PrunedRequest, due_packing, window_rows
-from tokenprune.kernels import pack, packed_decode_attention, places_of
+from tokenprune.kernels import ROW_FIELDS, pack, packed_decode_attention, places_of
 from tokenprune.policies import ChannelInputs, ChannelPolicy
-
-# columns of the operator's `rows`: row of the query, request, packed blocks, dense tokens, width
-_ROW_FIELDS = 5
 
 
 @dataclass(slots=True)
@@ -95,7 +92,7 @@ class ChannelPruner:
         num_stages = len(names)
         # -1: nothing to do
         self._persistent = torch.full(
-            (num_stages, max_num_reqs, _ROW_FIELDS), -1, dtype=torch.int32, device=device
+            (num_stages, max_num_reqs, ROW_FIELDS), -1, dtype=torch.int32, device=device
         )
         self._rows: list[Tensor | None] = [None] * num_stages
         self._windows: list[list[tuple[int, slice]]] = [[] for _ in range(num_stages)]
@@ -256,6 +253,8 @@ class ChannelPruner:
 
 def _observed(impl: Any, pruner: ChannelPruner, layer: _Layer) -> Any:
     """Return a copy of an attention implementation that calls `after_attention`."""
+    # to measure its graphs vLLM makes a cache, and a pruner, before the one it serves from
+    impl = getattr(impl, "unobserved", impl)
     own = type(impl)
 
     @no_type_check
@@ -270,5 +269,5 @@ def _observed(impl: Any, pruner: ChannelPruner, layer: _Layer) -> Any:
 
     observed = type(f"Observed{own.__name__}", (own,), {"forward": forward})
     copy: Any = object.__new__(observed)
-    copy.__dict__.update(impl.__dict__)
+    copy.__dict__.update(impl.__dict__, unobserved=impl)
     return copy

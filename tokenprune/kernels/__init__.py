@@ -16,6 +16,7 @@ from tokenprune.kernels.ops.lag_compact import lag_compact, lag_compact_referenc
 from tokenprune.kernels.ops.lag_keep import lag_keep, lag_keep_reference
 from tokenprune.kernels.ops.lag_scores import lag_scores, lag_scores_reference
 from tokenprune.kernels.ops.packed_decode_attention import (
+    ROW_FIELDS,
     pack,
     packed_decode_attention,
     packed_decode_attention_reference,
@@ -29,6 +30,7 @@ from tokenprune.kernels.ops.transition_scores import (
 )
 
 __all__ = [
+    "ROW_FIELDS",
     "attention_importance",
     "attention_importance_reference",
     "channel_scores",
