@@ -49,8 +49,9 @@ def counted(usage: Mapping[str, Any], cell: Cell, engine: Mapping[str, Any]) -> 
         TokenPruneError: Something else than the cell's method was applied.
     """
     pruning = usage.get("pruning") or {}
-    applied = pruning.get("applied", {}).get(cell.axis)
-    if applied != (None if cell.method == OFF else cell.method):
+    applied = {axis: name for axis, name in pruning.get("applied", {}).items() if name is not None}
+    asked = cell.pruning(0)
+    if applied != ({} if isinstance(asked, str) else {a: f["method"] for a, f in asked.items()}):
         raise TokenPruneError(f"the server must apply {cell.method}, got {dict(usage)}")
     if cell.method == OFF:
         # the last token is returned before its KV is computed

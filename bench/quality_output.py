@@ -54,10 +54,11 @@ def facts(summary: Mapping[str, Any]) -> str:
     few = " to ".join(str(n) for n in summary["pruned_n"])
     pictures = PICTURE_LEVELS[summary["picture_level"]]
     kv = ", ".join(f"{key} {value}" for key, value in KV_PARAMETERS.items())
+    documents = f"documents of up to {TEXT_LEVELS[summary['text_level']].tokens} tokens"
     about = {
         "visual": f"up to {pictures.most} things a picture",
-        "kv": f"documents of up to {TEXT_LEVELS[summary['text_level']].tokens} tokens, "
-        f"KV methods with {kv}",
+        "kv": f"{documents}, KV methods with {kv}",
+        "channels": f"{documents}, lagkv with keep_ratio 0.5, {kv}",
     }
     return (
         f"{summary['n']} held-out questions a cell"

@@ -1,9 +1,10 @@
 """What `bench.quality` asks: held-out questions by task, and the cells of its table."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from bench.demo_model import data, documents, questions
 from tokenprune.errors import TokenPruneError
 from tokenprune.policies import policies
+from tokenprune.presets import load_presets
 
 OFF = "off"
 BASELINES = ("random", "uniform", "streaming")
@@ -43,8 +45,45 @@ class Axis:
 
 # each has results of its own: what a change cannot touch need not be asked again
 AXES = {
-    "visual": Axis(questions.PICTURE_FAMILIES, (0.5, 0.25, 0.1), 500, 500, 25),
+    "visual": Axis(questions.PICTURE_FAMILIES, (0.5, 0.25, 0.1), 500, 300, 15),
     "kv": Axis(documents.TEXT_FAMILIES, (0.5, 0.25, 0.125), 500, 200, 8),
+    # heads of 32 channels keep 16 at any ratio from a quarter to three quarters
+    "channels": Axis(documents.TEXT_FAMILIES, (0.5,), 200, 200, 4),
+}
+
+# presets that `bench.calibration` wrote
+CALIBRATED = Path(__file__).parent / "results" / "calibration"
+
+
+@cache
+def calibrated(keep_ratio: float) -> dict[str, Any] | None:
+    """Return the preset of a keep ratio; None where there is none."""
+    name = f"vflowopt-{keep_ratio:g}"
+    path = CALIBRATED / f"{name}.yaml"
+    return dict(load_presets(path)[name]) if path.is_file() else None
+
+
+def _composed(keep_ratio: float) -> dict[str, Any]:
+    # partitions small enough for a picture prompt
+    return {
+        "visual": {"method": "transprune", "keep_ratio": keep_ratio},
+        "kv": {"method": "lagkv", "keep_ratio": 0.5, "sink": 16, "lag": 32},
+        "channels": {"method": "think", "keep_ratio": 0.5},
+    }
+
+
+def _evicted_and_packed(keep_ratio: float) -> dict[str, Any]:
+    return {
+        "kv": {"method": "lagkv", "keep_ratio": 0.5, **KV_PARAMETERS},
+        "channels": {"method": "think", "keep_ratio": keep_ratio},
+    }
+
+
+# rows that are more than one method with one keep ratio
+VARIANTS: dict[str, dict[str, Callable[[float], dict[str, Any] | None]]] = {
+    "visual": {"vflowopt-calibrated": calibrated, "transprune+lagkv+think": _composed},
+    "kv": {},
+    "channels": {"lagkv+think": _evicted_and_packed},
 }
 
 
@@ -178,6 +217,10 @@ class Cell:
         """Return the request field for question `index`."""
         if self.method == OFF:
             return OFF
+        if variant := VARIANTS[self.axis].get(self.method):
+            fields = variant(self.keep_ratio)
+            assert fields is not None, "make_cells leaves it out"
+            return fields
         chosen: dict[str, Any] = {"method": self.method, "keep_ratio": self.keep_ratio}
         if self.axis == "kv":
             chosen |= KV_PARAMETERS
@@ -189,7 +232,7 @@ class Cell:
 
 def all_methods() -> list[str]:
     """Return every method of every axis, the baselines first."""
-    known = dict.fromkeys(method for axis in AXES for method in policies(axis))
+    known = dict.fromkeys(method for a in AXES for method in (*policies(a), *VARIANTS[a]))
     return [*BASELINES, *(method for method in known if method not in BASELINES)]
 
 
@@ -226,7 +269,8 @@ def make_cells(
             Cell(name, axis, method, ratio)
             for axis in shown
             for method in ordered
-            if method in policies(axis)
             for ratio in sorted(set(keep_ratios or AXES[axis].keep_ratios), reverse=True)
+            if method in policies(axis)
+            or ((variant := VARIANTS[axis].get(method)) and variant(ratio) is not None)
         ]
     return cells

@@ -220,9 +220,9 @@ def test_every_corner_of_the_space_is_legal(keep_ratio, boundaries):
 
 def test_ranges_scale_with_the_crop():
     ranges = vflowopt_space(ENGINE, 27, 0.25).ranges
-    assert ranges == {"threshold": (0, 50), "cell": (3, 24), "alpha": (-1, 1)}
+    assert ranges == {"threshold": (0, 50), "cell": (3, 24), "alpha": (-10, 10)}
     ranges = vflowopt_space(ENGINE, 54, 0.25).ranges
-    assert ranges == {"threshold": (0, 200), "cell": (6, 48), "alpha": (-1, 1)}
+    assert ranges == {"threshold": (0, 200), "cell": (6, 48), "alpha": (-10, 10)}
 
 
 def test_stages_without_layers_of_their_own_are_refused():

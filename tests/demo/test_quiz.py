@@ -15,8 +15,7 @@ import pytest
 from rich.console import Console
 
 from tokenprune.demo import quiz
-from tokenprune.demo.measure import METHODS
-from tokenprune.demo.quiz import Question, QuizRow, ask_questions, load_questions
+from tokenprune.demo.quiz import METHODS, Question, QuizRow, ask_questions, load_questions
 from tokenprune.demo.quiz_report import example, quiz_table, quiz_verdict
 from tokenprune.demo.report import WIDTH
 from tokenprune.errors import InstallationError, TokenPruneError

@@ -13,7 +13,7 @@ from tokenprune.policies.vflowopt import VFlowOpt
 
 # the ranges of the released code are for crops of 27 x 27 patches (SigLIP with 384 pixels)
 _PATCH_GRID = 27
-_THRESHOLD, _CELL, _ALPHA = (0.0, 50.0), (3.0, 24.0), (-1.0, 1.0)
+_THRESHOLD, _CELL, _ALPHA = (0.0, 50.0), (3.0, 24.0), (-10.0, 10.0)
 
 
 def vflowopt_space(engine: EngineShape, patch_grid: int, keep_ratio: float) -> SearchSpace:

@@ -173,8 +173,14 @@ def _comment(
     options: Options, probe: EngineProbe, samples: list[Sample], found: Calibration
 ) -> str:
     layers = ",".join(map(str, probe.engine.prune_layers))
+    # where a folder lies is nobody's business
+    model = (
+        Path(probe.model["model"]).name
+        if Path(probe.model["model"]).is_dir()
+        else (probe.model["model"])
+    )
     return f"""\
-tokenprune {__version__} calibrate: {probe.model["model"]}, keep ratio {options.keep_ratio:g}
+tokenprune {__version__} calibrate: {model}, keep ratio {options.keep_ratio:g}
 mean cosine of {len(samples)} samples: {found.best.score:.4f} (trial {found.best.number} of \
 {options.num_trials}), default parameters {found.start.score:.4f}; seed {options.seed}
 visual tokens held, mean over layers and samples: {found.kept_share:.4f}

@@ -29,7 +29,7 @@ from tokenprune.errors import TokenPruneError
 MODEL = "demo"
 QUESTION = "What do these four pictures have in common?"
 OFF = "off"
-METHODS = ("random", "uniform", "transprune")
+METHODS = ("random", "uniform", "transprune", "vflowopt")
 NUM_ROUNDS = 5
 NUM_OUTPUT_TOKENS = 32
 NUM_REQUESTS = (len(METHODS) + 1) * (NUM_ROUNDS + 1)
@@ -67,15 +67,19 @@ def prompt_content(pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
     return [*parts, {"type": "text", "text": QUESTION}]
 
 
-def pruning_fields(keep_ratio: float, seed: int = 0) -> PruningFields:
+def pruning_fields(
+    keep_ratio: float, seed: int = 0, methods: Sequence[str] = METHODS
+) -> PruningFields:
     """Return the `pruning` field per row of the table; the unpruned row comes first.
 
     Args:
-        keep_ratio: Share of the visual tokens that survives the last cut.
+        keep_ratio: Share of the visual tokens that survives the last cut; of vflowopt's the mean
+            over the layers.
         seed: Seed of the random choice.
+        methods: Rows besides the unpruned one.
     """
     fields: PruningFields = {OFF: OFF}
-    for method in METHODS:
+    for method in methods:
         draw = {"seed": seed} if method == "random" else {}
         fields[method] = {"visual": {"method": method, "keep_ratio": keep_ratio, **draw}}
     return fields

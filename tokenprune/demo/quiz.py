@@ -31,6 +31,8 @@ from tokenprune.errors import InstallationError
 
 FOLDER = Path(__file__).parent / "pictures"
 INDEX = "questions.json"
+# vflowopt is left to the second part: its published parameters are those of another vision tower
+METHODS = ("random", "uniform", "transprune")
 CONCURRENCY = 4
 
 _MOST_ANSWER_TOKENS = 16
@@ -115,7 +117,7 @@ def load_questions(folder: Path = FOLDER) -> list[Question]:
 
 def num_requests(questions: Sequence[Question]) -> int:
     """Return how many requests `ask_questions` sends."""
-    return len(pruning_fields(1)) * (len(questions) + 1)
+    return (len(METHODS) + 1) * (len(questions) + 1)
 
 
 def ask_questions(
@@ -145,7 +147,7 @@ async def _ask_questions(
     advance: Callable[[], object],
 ) -> list[QuizRow]:
     # by question and method: one random draw for all questions would measure that draw
-    fields = [pruning_fields(keep_ratio, seed) for seed in range(len(questions))]
+    fields = [pruning_fields(keep_ratio, seed, METHODS) for seed in range(len(questions))]
     rows = [QuizRow(method, answers=[""] * len(questions)) for method in fields[0]]
     longest = max(questions, key=lambda question: len(question.pictures))
     # a proxy of the environment does not know our loopback
