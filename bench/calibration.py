@@ -2,7 +2,7 @@
 
     python -m bench.calibration [--out DIR]
 
-Writes the presets that the rows `vflowopt-calibrated` are measured with, one for each keep ratio of
+Writes the presets that the rows `vflowopt-cal` are measured with, one for each keep ratio of
 the visual axis, by running `tokenprune calibrate` on pictures and questions that training saw.
 """
 

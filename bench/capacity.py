@@ -1,4 +1,4 @@
-"""How many requests one KV pool carries: stock vLLM, tokenprune without eviction, LagKV 2x 4x 8x.
+"""How many requests one KV pool carries: stock vLLM, tokenprune off, LagKV, ThinK, and both.
 
     python -m bench.capacity [--prompt 2048] [--new 64] [--pool-prompts 12] [--out FILE]
 
@@ -25,8 +25,25 @@ from textwrap import fill
 from bench.bench_cpu_step import SWITCHES, VOCAB, save_model
 from bench.common import manifest, table
 
-KEEP = {"stock": None, "off": None, "2x": 0.5, "4x": 0.25, "8x": 0.125}
 BLOCK, SINK, LAG, SEED = 32, 4, 64, 20
+_THINK = {"pruning_channels_method": "think", "pruning_channels_keep_ratio": 0.5}
+
+
+def _lagkv(keep_ratio):
+    keys = {"method": "lagkv", "sink": SINK, "lag": LAG, "keep_ratio": keep_ratio}
+    return {f"pruning_kv_{key}": value for key, value in keys.items()}
+
+
+# what each request asks for
+MODES = {
+    "stock": None,
+    "off": None,
+    "think": _THINK,
+    "2x": _lagkv(0.5),
+    "4x": _lagkv(0.25),
+    "8x": _lagkv(0.125),
+    "4x+think": _lagkv(0.25) | _THINK,
+}
 
 
 def serve(mode, folder, prompt, new, pool, most):
@@ -47,7 +64,7 @@ def serve(mode, folder, prompt, new, pool, most):
 
         if not torch.cuda.is_available():
             activate()
-        arguments = engine_arguments(prune_layers=[])
+        arguments = engine_arguments(prune_layers=[], allow_channel_pruning="think" in mode)
     elif not torch.cuda.is_available():
         # what a plain vllm serve uses there
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -77,13 +94,12 @@ def serve(mode, folder, prompt, new, pool, most):
         return preempt(*args, **kwargs)
 
     scheduler._preempt_request = counted
-    keys = {"method": "lagkv", "sink": SINK, "lag": LAG, "keep_ratio": KEEP[mode]}
     params = SamplingParams(
         temperature=0,
         max_tokens=new,
         ignore_eos=True,
         detokenize=False,
-        extra_args={f"pruning_kv_{k}": v for k, v in keys.items()} if KEEP[mode] else None,
+        extra_args=MODES[mode],
     )
 
     def formula():
@@ -100,7 +116,7 @@ def serve(mode, folder, prompt, new, pool, most):
         rng = random.Random(SEED)
         waiting = [[rng.randrange(VOCAB) for _ in range(prompt)] for _ in range(count)]
         preempted.clear()
-        live = sent = peak = tokens = held = expected = 0
+        live = sent = peak = tokens = held = expected = alone = 0
         start = time.perf_counter()
         while sent < count or live:
             while sent < count and live < concurrency:
@@ -111,6 +127,10 @@ def serve(mode, folder, prompt, new, pool, most):
                     live -= 1
                     tokens += len(output.outputs[0].token_ids)
             peak = max(peak, len(scheduler.running))
+            first = scheduler.running[0] if concurrency == 1 and scheduler.running else None
+            # behind the prompt's step, when what that one emptied has come back
+            if first is not None and not alone and first.num_computed_tokens > prompt:
+                alone = blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks()
             if len(scheduler.running) == min(concurrency, peak):
                 held += blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks()
                 expected += formula()
@@ -123,6 +143,7 @@ def serve(mode, folder, prompt, new, pool, most):
             "preemptions": len(preempted),
             "tokens_per_second": tokens / seconds,
             "requests_per_second": count / seconds,
+            "blocks_alone": alone,
             "blocks_over_formula": held / max(expected, 1),
             "blocks_missing": blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks(),
         }
@@ -146,12 +167,13 @@ def markdown(record):
     """Return what the README shows of a record: what one pool carries, and how fast."""
     loads = [str(c) for c in record["loads"]]
     most, rows = loads[-1], record["rows"]
-    stock = rows["stock"][most]["peak"]
+    stock, alone = rows["stock"][most]["peak"], rows["stock"]["1"]["blocks_alone"]
     text = fill(
         f"One pool of {record['pool_blocks']} blocks of {BLOCK} tokens "
         f"({record['pool_prompts']} prompts of {record['prompt']}), {record['new']} new tokens "
-        f"each, sink {SINK}, lag {LAG}. *peak*: most requests running at once with {most} in "
-        f"flight. *blocks/formula*: blocks held over those that the counts promise, between steps. "
+        f"each, sink {SINK}, lag {LAG}, think with half the key channels. *blocks*: held by one "
+        f"request behind its prompt. *peak*: most requests running at once with {most} in flight. "
+        f"*blocks/formula*: blocks held over those that the counts promise, between steps. "
         f"Commit {record['git_sha'][:7]}, {record['machine']['cores']} cores of an "
         f"{record['machine']['cpu']}; stock is `vllm serve` as it is there.",
         79,
@@ -159,6 +181,8 @@ def markdown(record):
     held = [
         [
             mode,
+            f"{row['1']['blocks_alone']}",
+            f"{row['1']['blocks_alone'] / alone - 1:+.0%}",
             f"{row[most]['peak']}",
             f"{row[most]['peak'] / stock:.1f}x",
             f"{row[most]['preemptions']}",
@@ -170,7 +194,7 @@ def markdown(record):
         [mode, *(f"{row[load]['tokens_per_second']:.1f}" for load in loads)]
         for mode, row in rows.items()
     ]
-    heads = ["engine", "peak", "over stock", "preemptions", "blocks/formula"]
+    heads = ["engine", "blocks", "to stock", "peak", "to stock", "preempted", "blocks/formula"]
     return "\n\n".join(
         [
             text,
@@ -198,13 +222,13 @@ def main():
     run = manifest("bench.capacity", SEED)
     pool = args.pool_prompts * -(-args.prompt // BLOCK)
     loads = [*args.loads, args.most]
-    rows = {mode: {} for mode in KEEP}
+    rows = {mode: {} for mode in MODES}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         save_model(folder, args.prompt + args.new + BLOCK)
-        children = {mode: start(mode, folder, args, pool, log) for mode in KEEP}
+        children = {mode: start(mode, folder, args, pool, log) for mode in MODES}
         try:
             for turn, concurrency in enumerate(loads):
-                order = list(KEEP)
+                order = list(MODES)
                 for mode in order[turn % len(order) :] + order[: turn % len(order)]:
                     child = children[mode]
                     print(concurrency, max(concurrency, 2), file=child.stdin, flush=True)

@@ -200,7 +200,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.serve = ours[cut + 1 :]
     quick = options.quick
     # calibrated presets fit no other model
-    usual = [m for m in all_methods() if options.model == FOLDER or m != "vflowopt-calibrated"]
+    usual = [m for m in all_methods() if options.model == FOLDER or m != "vflowopt-cal"]
     options.methods = options.methods or usual
     options.hf = (QUICK_HF if quick else 20) if options.hf is None else options.hf
     options.keep_ratios = options.keep_ratios or (QUICK_RATIOS if quick else None)

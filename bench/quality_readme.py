@@ -40,9 +40,7 @@ def block(rows: Sequence[Row], summary: Mapping[str, Any], folder: str) -> str:
     if ratios:
         # the middle one: whoever wants another finds all of them in the whole table
         ratio = ratios[len(ratios) // 2]
-        parts.append(
-            f"By task, right answers in % with their 95 % interval, at keep_ratio {ratio:g}:"
-        )
+        parts.append(f"By task, right answers in %, at keep_ratio {ratio:g}:")
         parts.append(by_task(rows, ratio))
     parts += verdict(rows).splitlines()
     parts.append(f"[The whole table]({folder}/{TABLE}) and its [figures]({folder}/{FIGURES}).")
@@ -50,17 +48,15 @@ def block(rows: Sequence[Row], summary: Mapping[str, Any], folder: str) -> str:
 
 
 def by_task(rows: Sequence[Row], ratio: float) -> str:
-    """Return a table with a line per task and a column per method, at one keep ratio."""
+    """Return a table with a line per method and a column per task, at one keep ratio."""
     shown = [r for r in rows if not is_pool(r) and (r.method == OFF or r.keep_ratio == ratio)]
-    methods = list(dict.fromkeys(row.method for row in shown))
+    tasks = list(dict.fromkeys(row.task for row in shown))
     cells: dict[str, dict[str, str]] = {}
     for row in shown:
-        low, high = row.interval
-        text = f"{100 * row.accuracy:.1f} ({100 * low:.0f}-{100 * high:.0f})"
-        cells.setdefault(row.task, {})[row.method] = text
+        cells.setdefault(row.method, {})[row.task] = f"{100 * row.accuracy:.1f}"
     lines = [
-        ["task", *methods],
-        *([task, *(line.get(method, "") for method in methods)] for task, line in cells.items()),
+        ["method", *tasks],
+        *([method, *(line.get(task, "") for task in tasks)] for method, line in cells.items()),
     ]
     return table(lines)
 

@@ -81,7 +81,7 @@ def _evicted_and_packed(keep_ratio: float) -> dict[str, Any]:
 
 # rows that are more than one method with one keep ratio
 VARIANTS: dict[str, dict[str, Callable[[float], dict[str, Any] | None]]] = {
-    "visual": {"vflowopt-calibrated": calibrated, "transprune+lagkv+think": _composed},
+    "visual": {"vflowopt-cal": calibrated, "all-axes": _composed},
     "kv": {},
     "channels": {"lagkv+think": _evicted_and_packed},
 }

@@ -11,7 +11,7 @@ from bench.readme import blocks, with_block
 from tokenprune.errors import TokenPruneError
 
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
-NAMES = ["demo", "quality-visual", "quality-kv", "capacity"]
+NAMES = ["demo", "quality-visual", "quality-kv", "quality-channels", "capacity"]
 
 
 @pytest.fixture(scope="module")
