@@ -162,6 +162,13 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(text.split(",")))
 
 
+def _axes(text: str) -> list[str]:
+    names = _names(text)
+    if wrong := [name for name in names if name not in AXES]:
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(AXES)}, got {wrong[0]}")
+    return names
+
+
 def _ratios(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
@@ -181,6 +188,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     numbers = "; ".join(f"{name} {axis.n}, pruned {axis.pruned_n}" for name, axis in AXES.items())
     add("--model", type=Path, default=FOLDER, help="folder of the checkpoint; default: built-in")
     add("--tasks", type=_names, help=f"default: all at the level of {','.join(TASKS)}")
+    add("--axes", type=_axes, default=list(AXES), help=f"default: {','.join(AXES)}")
     add("--methods", type=_names, help="where a task's axis has them; default: all there are")
     add("--keep-ratios", type=_ratios, help=f"default: {ratios}")
     add("-n", type=_positive, help=f"questions a cell; default: {numbers}")
@@ -218,11 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.quick and options.out is None:
             # answers of older code would hide what the newest broke
             with tempfile.TemporaryDirectory() as folder:
-                return measure(options, console, Path(folder), list(AXES))
+                return measure(options, console, Path(folder), options.axes)
         if options.out is not None:
-            runs = {options.out: list(AXES)}
+            runs = {options.out: options.axes}
         else:
-            runs = {DEFAULT_OUT / axis: [axis] for axis in AXES}
+            runs = {DEFAULT_OUT / axis: [axis] for axis in options.axes}
         status = 0
         for out, axes in runs.items():
             if options.fresh:

@@ -116,3 +116,9 @@ def test_the_code_that_answers_has_a_hash_of_its_own(
     # the demo starts servers and prunes nothing, and notes are no code
     assert hashes[1] == hashes[2] == hashes[3]
     assert len(set(hashes)) == 3
+
+
+def test_an_unknown_axis_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        quality.parse(["--axes", "kv,heads"])
+    assert "must be among visual, kv, channels, got heads" in capsys.readouterr().err
