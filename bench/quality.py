@@ -124,7 +124,11 @@ def measure(options: argparse.Namespace, console: Console, out: Path, axes: Sequ
                 concurrency=options.concurrency,
                 console=console,
             )
-        work = [(c, i) for c, i in missing(HF, options.hf) if c.method == OFF or c.axis in HF_AXES]
+        work = [
+            (c, i)
+            for c, i in missing(HF, options.hf)
+            if c.method == OFF or set(c.pruning(0)) <= {*HF_AXES}
+        ]
         if work:
             check_with_hf(options.model, work, answers, console)
         rows = quality_report.make_rows(asked, answers)

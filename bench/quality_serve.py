@@ -19,6 +19,8 @@ from tokenprune.errors import TokenPruneError
 
 _SERVER_ARGUMENTS = (
     *("--enforce-eager", "--no-enable-prefix-caching", "--allow-channel-pruning"),
+    # small enough that a picture prompt fills some that can be packed
+    *("--block-size", "32"),
     *("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(512 << 20)),
     *("--limit-mm-per-prompt", '{"image": 2}'),
 )

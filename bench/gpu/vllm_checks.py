@@ -30,6 +30,8 @@ def start(mode, device, dtype, *, pruning):
         arguments |= {"enforce_eager": False, "compilation_config": GRAPHS}
     if device == "cuda":
         arguments |= {"attention_backend": "TRITON_ATTN", "mm_encoder_attn_backend": "TORCH_SDPA"}
+    if pruning:
+        arguments["allow_channel_pruning"] = True
     return Engine(checkpoint, pruning=pruning, **arguments), checkpoint
 
 
@@ -119,9 +121,9 @@ def check_keep_all(engine, tolerance):
 
 
 def check_oracle(engine, checkpoint, watch, tolerance, agreement):
+    from tests.e2e.like import pruned_like
     from tests.e2e.oracle import Oracle
     from tests.e2e.support import COMPARE, DESCRIBE, SHAPE, Ask, image, visual
-    from tests.e2e.test_oracle import pruned_like
 
     oracle = Oracle(checkpoint)
     cases = {
@@ -136,8 +138,9 @@ def check_oracle(engine, checkpoint, watch, tolerance, agreement):
     for name, ask in cases.items():
         watch.chosen.clear()
         (answer,) = engine.ask(ask)
-        pruned = pruned_like(oracle, ask) if ask.pruning else None
-        images, figures, is_near = [image(s) for s in ask.images], {}, True
+        images = [image(s) for s in ask.images]
+        pruned = pruned_like(oracle, ask, images)
+        figures, is_near = {}, True
         if watch.chosen:
             own = oracle.run(ask.prompt, images, answer.tokens[:1], pruned).kept
             ranks = range(144 * len(images))
@@ -156,18 +159,20 @@ def check_oracle(engine, checkpoint, watch, tolerance, agreement):
     assert len(oracle.decoder.layers) == SHAPE.num_layers
 
 
-def check_eviction(engine, checkpoint, dtype, tolerance):
+def check_cache(engine, checkpoint, dtype, tolerance):
+    from tests.e2e.like import compare
     from tests.e2e.oracle import Oracle
-    from tests.e2e.test_kv_oracle import CASES, ask_of
-    from tests.e2e.test_kv_oracle import distance as to_loop
+    from tests.e2e.test_channel_oracle import CASES as PACKED
+    from tests.e2e.test_kv_oracle import CASES as EVICTED
+    from tests.e2e.test_kv_oracle import ask_of
 
     oracle = Oracle(checkpoint)
-    for case in CASES:
-        # in bfloat16 the loop would choose other tokens, and then everything differs
-        if dtype == "float32" or case.id == "streaming" or case.id == "random":
+    for case in (*EVICTED, *PACKED):
+        # in bfloat16 the loop would choose otherwise, and then everything differs
+        if dtype == "float32" or case.id in ("streaming", "random"):
             (answer,) = engine.ask(ask_of(case))
-            largest, _ = to_loop(oracle, ask_of(case), answer)
-            yield f"eviction: {case.id}", largest <= tolerance, {"max_diff": largest}
+            largest = compare(oracle, ask_of(case), answer).difference
+            yield f"cache: {case.id}", largest <= tolerance, {"max_diff": largest}
 
 
 def check_batches(engine, tolerance):
@@ -235,7 +240,7 @@ def main(mode, device, dtype, which, folder):
         check_off(engine, folder, mode, tolerance),
         check_keep_all(engine, tolerance),
         check_oracle(engine, checkpoint, watch, tolerance, AGREEMENT[dtype]),
-        check_eviction(engine, checkpoint, dtype, tolerance),
+        check_cache(engine, checkpoint, dtype, tolerance),
         check_batches(engine, tolerance),
         check_addresses(mode, device, watch),
     ):

@@ -10,21 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.oracle import Evicted, Oracle, Pruned, Thinned, lag_choice
+from tests.e2e.like import compare
+from tests.e2e.oracle import Oracle, Thinned
 from tests.e2e.support import (
     COMPARE,
     DESCRIBE,
-    SHAPE,
     STORY,
     TOLERANCE,
     Answer,
     Ask,
     Engine,
     channels,
-    image,
     kv,
-    layout_of,
-    policy_of,
     visual,
 )
 from tokenprune.demo.checkpoint import build_checkpoint
@@ -56,45 +53,10 @@ def thin(wide_heads: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def thinned_like(ask: Ask) -> Thinned | None:
-    keys = {k.removeprefix("pruning_channels_"): v for k, v in (ask.pruning or {}).items()}
-    if "method" not in keys:
-        return None
-    kept = int(keys["keep_ratio"] * HEAD_SIZE)
-    values = int(keys.get("values_keep_ratio", 1) * HEAD_SIZE)
-    tokens = BLOCK * 2 * HEAD_SIZE // (kept + values)
-    generated = keys.get("pack_generated", True)
-    return Thinned(kept, values, keys["window"], keys["recent"], tokens, generated)
-
-
-def evicted_like(ask: Ask) -> Evicted | None:
-    keys = {k.removeprefix("pruning_kv_"): v for k, v in (ask.pruning or {}).items()}
-    if keys.get("method") != "lagkv":
-        return None
-    keep = max(1, int(keys["keep_ratio"] * keys["lag"]))
-    return Evicted(keys["sink"], keys["lag"], keep, lag_choice(keep))
-
-
 def assert_like_oracle(oracle: Oracle, ask: Ask, answer: Answer) -> Thinned | None:
-    images = [image(s) for s in ask.images]
-    _, rows = oracle.embed(ask.prompt, images)
-    pruned = None
-    keys = {k: v for k, v in (ask.pruning or {}).items() if k.startswith("pruning_visual")}
-    if keys:
-        policy = policy_of(keys)
-        plan = policy.plan(layout_of(rows), SHAPE)
-        stages = list(enumerate(SHAPE.boundaries))
-        pruned = Pruned(
-            cuts={b: plan.kept[i] for i, b in stages},
-            ranks=None if plan.ranks is None else {b: list(plan.ranks[i]) for i, b in stages},
-            observed=policy.observed_layers(SHAPE),
-        )
-    thinned = thinned_like(ask)
-    trace = oracle.run(ask.prompt, images, answer.tokens, pruned, evicted_like(ask), thinned)
-    for step, (expected, found) in enumerate(zip(trace.logprobs, answer.logprobs, strict=True)):
-        for token, logprob in found.items():
-            assert math.isclose(float(expected[token]), logprob, abs_tol=TOLERANCE), step
-    return thinned
+    found = compare(oracle, ask, answer)
+    assert found.difference <= TOLERANCE
+    return found.thinned
 
 
 CASES = [
@@ -114,6 +76,12 @@ CASES = [
         (1, 2),
         channels() | kv("lagkv", 0.5) | visual("transprune", 0.5),
         id="all-three-axes",
+    ),
+    pytest.param(
+        COMPARE,
+        (1, 2),
+        channels() | kv("lagkv", 0.5) | visual("vflowopt", 0.7, threshold=1.5),
+        id="all-three-axes-vflowopt",
     ),
 ]
 

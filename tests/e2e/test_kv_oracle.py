@@ -10,24 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.oracle import Evicted, Oracle, Pruned, lag_choice
+from tests.e2e.like import compare
+from tests.e2e.oracle import Evicted, Oracle, lag_choice
 from tests.e2e.support import (
     COMPARE,
     DESCRIBE,
-    SHAPE,
     STORY,
     TOLERANCE,
     Answer,
     Ask,
     Engine,
-    image,
     kv,
-    layout_of,
-    policy_of,
     visual,
 )
 from tokenprune.policies import PartitionInputs
-from tokenprune.policies.kv_random import RandomKV
 
 pytestmark = pytest.mark.vllm
 
@@ -42,53 +38,12 @@ def chunked(checkpoint: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def random_choice(seed: int, keep: int, lag: int, heads: int) -> Any:
-    def choose(*arguments: Any) -> list[int]:
-        layer, head, number = arguments[-3:]
-        inputs = PartitionInputs(1, number, lag, keep, layer, heads, None, None, "cpu")
-        return RandomKV(seed=seed).select(inputs)[head, 0].tolist()
-
-    return choose
-
-
-def evicted_like(ask: Ask, num_tokens: int, heads: int, chunk: int | None = None) -> Evicted | None:
-    keys = {k.removeprefix("pruning_kv_"): v for k, v in (ask.pruning or {}).items()}
-    if "method" not in keys:
-        return None
-    keep = max(1, int(keys["keep_ratio"] * keys["lag"]))
-    choices = {
-        "lagkv": lag_choice(keep),
-        "streaming": None,
-        "random": random_choice(keys.get("seed", 0), keep, keys["lag"], heads),
-    }
-    chunks = None
-    if keys.get("when") == "chunk" and chunk is not None:
-        chunks = [min(chunk, num_tokens - start) for start in range(0, num_tokens, chunk)]
-    return Evicted(keys["sink"], keys["lag"], keep, choices[keys["method"]], chunks)
-
-
-def distance(
+def assert_like_oracle(
     oracle: Oracle, ask: Ask, answer: Answer, chunk: int | None = None
-) -> tuple[float, list[int]]:
-    """Return the largest difference of log-probs, and the loop's lengths after each step."""
-    images = [image(s) for s in ask.images]
-    _, rows = oracle.embed(ask.prompt, images)
-    pruned = None
-    keys = {k: v for k, v in (ask.pruning or {}).items() if k.startswith("pruning_visual")}
-    if keys:
-        pruned = Pruned.like(policy_of(keys), layout_of(rows), SHAPE)
-    heads = oracle.model.config.text_config.num_key_value_heads
-    evicted = evicted_like(ask, len(rows), heads, chunk)
-    trace = oracle.run(ask.prompt, images, answer.tokens, pruned, evicted)
-    steps = zip(trace.logprobs, answer.logprobs, strict=True)
-    largest = max(abs(float(x[t]) - p) for x, found in steps for t, p in found.items())
-    return largest, evicted.lengths if evicted is not None else []
-
-
-def assert_like_oracle(*arguments: Any) -> list[int]:
-    largest, lengths = distance(*arguments)
-    assert largest <= TOLERANCE
-    return lengths
+) -> list[int]:
+    found = compare(oracle, ask, answer, chunk=chunk)
+    assert found.difference <= TOLERANCE
+    return found.evicted.lengths if found.evicted is not None else []
 
 
 CASES = [

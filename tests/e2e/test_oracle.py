@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.e2e.oracle import Oracle, Pruned
+from tests.e2e.like import compare
+from tests.e2e.oracle import Oracle
 from tests.e2e.support import (
     COMPARE,
     DESCRIBE,
     NUM_LAYERS,
-    SHAPE,
     TOLERANCE,
     Answer,
     Ask,
     Engine,
-    image,
-    layout_of,
-    policy_of,
     visual,
 )
 from tokenprune.demo.checkpoint import build_checkpoint
@@ -31,20 +27,10 @@ from tokenprune.policies.transprune import TransPrune
 pytestmark = pytest.mark.vllm
 
 
-def pruned_like(oracle: Oracle, ask: Ask) -> Pruned:
-    """Translate a request for the oracle: counts and known ranks from the plan, scores its own."""
-    policy = policy_of(ask.pruning or {})
-    _, rows = oracle.embed(ask.prompt, [image(s) for s in ask.images])
-    return Pruned.like(policy, layout_of(rows), SHAPE)
-
-
 def assert_like_oracle(oracle: Oracle, ask: Ask, answer: Answer) -> dict[int, list[int]]:
-    pruned = pruned_like(oracle, ask) if ask.pruning else None
-    trace = oracle.run(ask.prompt, [image(s) for s in ask.images], answer.tokens, pruned)
-    for step, (expected, found) in enumerate(zip(trace.logprobs, answer.logprobs, strict=True)):
-        for token, logprob in found.items():
-            assert math.isclose(float(expected[token]), logprob, abs_tol=TOLERANCE), step
-    return trace.kept
+    found = compare(oracle, ask, answer)
+    assert found.difference <= TOLERANCE
+    return found.trace.kept
 
 
 CASES = [

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.e2e.oracle import Oracle, Pruned
+from tests.e2e.like import compare
+from tests.e2e.oracle import Oracle
 from tests.e2e.support import (
     COMPARE,
     DESCRIBE,
-    SHAPE,
     TEXT,
     TOLERANCE,
     WIDE,
@@ -26,7 +26,6 @@ from tests.e2e.support import (
     Engine,
     image,
     layout_of,
-    policy_of,
     visual,
 )
 from tokenprune.demo.checkpoint import build_checkpoint
@@ -51,16 +50,9 @@ def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any
 def assert_like_oracle(
     oracle: Oracle, ask: Ask, answer: Answer, pictures: list[Any] | None = None
 ) -> dict[int, list[int]]:
-    images = pictures or [image(s) for s in ask.images]
-    pruned = None
-    if ask.pruning:
-        _, rows = oracle.embed(ask.prompt, images)
-        pruned = Pruned.like(policy_of(ask.pruning), layout_of(rows), SHAPE)
-    trace = oracle.run(ask.prompt, images, answer.tokens, pruned)
-    for step, (expected, found) in enumerate(zip(trace.logprobs, answer.logprobs, strict=True)):
-        for token, logprob in found.items():
-            assert math.isclose(float(expected[token]), logprob, abs_tol=TOLERANCE), step
-    return trace.kept
+    found = compare(oracle, ask, answer, pictures=pictures)
+    assert found.difference <= TOLERANCE
+    return found.trace.kept
 
 
 STORY = "USER: <image>\nA first one. <image> Then another, <image>\nWhich was it?\nASSISTANT:"

@@ -1,0 +1,113 @@
+"""Translates a request for the oracle: counts and known ranks from the plan, choices of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tests.e2e.oracle import Evicted, Oracle, Pruned, Thinned, Trace, lag_choice
+from tests.e2e.support import SHAPE, Answer, Ask, image, layout_of, policy_of
+from tokenprune.policies import PartitionInputs
+from tokenprune.policies.kv_random import RandomKV
+
+BLOCK = 32
+
+
+@dataclass
+class Comparison:
+    """An answer beside the loop's.
+
+    Attributes:
+        difference: Largest difference of log-probs.
+        trace: What the loop computed.
+        evicted: What it evicted, or None.
+        thinned: What it dropped of channels, or None.
+    """
+
+    difference: float
+    trace: Trace
+    evicted: Evicted | None
+    thinned: Thinned | None
+
+
+def compare(
+    oracle: Oracle,
+    ask: Ask,
+    answer: Answer,
+    *,
+    chunk: int | None = None,
+    pictures: list[Any] | None = None,
+) -> Comparison:
+    """Run the loop over an answer, with what the request drops.
+
+    Args:
+        oracle: The loop.
+        ask: The request.
+        answer: What the engine answered.
+        chunk: Tokens of a step of the prompt, for eviction after each chunk.
+        pictures: In place of the request's images.
+    """
+    images = pictures or [image(s) for s in ask.images]
+    _, rows = oracle.embed(ask.prompt, images)
+    text = oracle.model.config.text_config
+    evicted = evicted_like(ask, len(rows), text.num_key_value_heads, chunk)
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    thinned = thinned_like(ask, head_size)
+    pruned = pruned_like(oracle, ask, images)
+    trace = oracle.run(ask.prompt, images, answer.tokens, pruned, evicted, thinned)
+    steps = zip(trace.logprobs, answer.logprobs, strict=True)
+    largest = max(abs(float(x[t]) - p) for x, found in steps for t, p in found.items())
+    return Comparison(largest, trace, evicted, thinned)
+
+
+def pruned_like(oracle: Oracle, ask: Ask, images: list[Any]) -> Pruned | None:
+    """Return which rows are dropped, or None."""
+    keys = _keys(ask, "visual")
+    if not keys:
+        return None
+    _, rows = oracle.embed(ask.prompt, images)
+    policy = policy_of({f"pruning_visual_{key}": value for key, value in keys.items()})
+    return Pruned.like(policy, layout_of(rows), SHAPE)
+
+
+def evicted_like(ask: Ask, num_tokens: int, heads: int, chunk: int | None = None) -> Evicted | None:
+    """Return which KV tokens are evicted, or None."""
+    keys = _keys(ask, "kv")
+    if not keys:
+        return None
+    keep = max(1, int(keys["keep_ratio"] * keys["lag"]))
+    choices = {
+        "lagkv": lag_choice(keep),
+        "streaming": None,
+        "random": _random_choice(keys.get("seed", 0), keep, keys["lag"], heads),
+    }
+    chunks = None
+    if keys.get("when") == "chunk" and chunk is not None:
+        chunks = [min(chunk, num_tokens - start) for start in range(0, num_tokens, chunk)]
+    return Evicted(keys["sink"], keys["lag"], keep, choices[keys["method"]], chunks)
+
+
+def thinned_like(ask: Ask, head_size: int) -> Thinned | None:
+    """Return which channels are zeroed, or None."""
+    keys = _keys(ask, "channels")
+    if not keys:
+        return None
+    kept = int(keys["keep_ratio"] * head_size)
+    values = int(keys.get("values_keep_ratio", 1) * head_size)
+    tokens = BLOCK * 2 * head_size // (kept + values)
+    generated = keys.get("pack_generated", True)
+    return Thinned(kept, values, keys["window"], keys["recent"], tokens, generated)
+
+
+def _keys(ask: Ask, axis: str) -> dict[str, Any]:
+    start = f"pruning_{axis}_"
+    return {k.removeprefix(start): v for k, v in (ask.pruning or {}).items() if k.startswith(start)}
+
+
+def _random_choice(seed: int, keep: int, lag: int, heads: int) -> Any:
+    def choose(*arguments: Any) -> list[int]:
+        layer, head, number = arguments[-3:]
+        inputs = PartitionInputs(1, number, lag, keep, layer, heads, None, None, "cpu")
+        return RandomKV(seed=seed).select(inputs)[head, 0].tolist()
+
+    return choose
