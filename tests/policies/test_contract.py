@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from tokenprune.errors import PolicyError
 from tokenprune.lengths import PromptLayout
 from tokenprune.policies import EngineShape, PlanSkipped, policies
-from tokenprune.policies.base import ScheduledPolicy, register_policy
+from tokenprune.policies.base import register_policy
+from tokenprune.policies.visual_schedule import ScheduledPolicy
 from tokenprune.request import AXES
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)

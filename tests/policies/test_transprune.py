@@ -10,8 +10,8 @@ import torch
 from tokenprune.kernels import instruction_attention
 from tokenprune.lengths import PromptLayout
 from tokenprune.policies import EngineShape, SelectInputs
-from tokenprune.policies.base import top_ranks
 from tokenprune.policies.transprune import TransPrune
+from tokenprune.policies.visual import top_ranks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "transprune.json").read_text())
 # float32 against float64 over sums of at most 100 terms

@@ -3,20 +3,17 @@
 import importlib
 import pkgutil
 
-from tokenprune.policies.base import (
+from tokenprune.policies.base import EngineShape, PlanSkipped, Policy, policies
+from tokenprune.policies.channels import ChannelInputs, ChannelPlan, ChannelPolicy
+from tokenprune.policies.eviction import KVPlan, KVPolicy, PartitionInputs
+from tokenprune.policies.visual import (
     CropInputs,
-    EngineShape,
     ImageInputs,
     ImagePlan,
-    PlanSkipped,
-    Policy,
     SelectInputs,
     VisualPlan,
     VisualPolicy,
-    policies,
 )
-from tokenprune.policies.channels import ChannelInputs, ChannelPlan, ChannelPolicy
-from tokenprune.policies.eviction import KVPlan, KVPolicy, PartitionInputs
 
 __all__ = [
     "ChannelInputs",

@@ -24,13 +24,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from tokenprune.policies.base import (
-    EngineShape,
-    ScheduledPolicy,
-    SelectInputs,
-    register_policy,
-    top_ranks,
-)
+from tokenprune.policies.base import EngineShape, register_policy
+from tokenprune.policies.visual import SelectInputs, top_ranks
+from tokenprune.policies.visual_schedule import ScheduledPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -33,14 +33,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tokenprune.policies.base import (
-    CropInputs,
-    EngineShape,
-    ImageInputs,
-    VisualPolicy,
-    register_policy,
-    top_ranks,
-)
+from tokenprune.policies.base import EngineShape, register_policy
+from tokenprune.policies.visual import CropInputs, ImageInputs, VisualPolicy, top_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tokenprune.policies.base import ScheduledPolicy, register_policy
+from tokenprune.policies.base import register_policy
+from tokenprune.policies.visual_schedule import ScheduledPolicy
 
 
 @register_policy

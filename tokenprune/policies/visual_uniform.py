@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tokenprune.policies.base import ScheduledPolicy, register_policy
+from tokenprune.policies.base import register_policy
+from tokenprune.policies.visual_schedule import ScheduledPolicy
 
 
 @register_policy
