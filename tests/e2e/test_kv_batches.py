@@ -48,8 +48,12 @@ def test_a_mixed_batch_in_any_order_equals_each_request_alone(
     assert engine.blocks_missing == 0
 
 
-def test_neighbours_of_an_evicting_request_are_bit_equal(engine: Engine) -> None:
-    # the neighbour has the same rows in each step either way, so nothing may differ at all
+def test_neighbours_of_an_evicting_request_are_bit_equal(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # vLLM's CPU kernel may split the keys of a row by the lengths of all rows in the batch, and sum
+    # the parts; without that the neighbour's sums are the same and nothing may differ at all
+    monkeypatch.setattr("vllm.envs.VLLM_CPU_ATTN_SPLIT_KV", False, raising=False)
     plain, other = Ask(DESCRIBE, (7,), max_tokens=30), Ask(TEXT, max_tokens=30)
     answers = []
     for pruning in (None, kv("lagkv"), kv("streaming")):
