@@ -156,7 +156,10 @@ def verdict(rows: Sequence[Row]) -> str:
     """Say in a line per method where its interval lies wholly above or below that of `random`."""
     lines = []
     for method in dict.fromkeys(row.method for row in rows):
-        if method not in (OFF, *BASELINES):
+        # an axis without the baseline has nothing to compare with
+        axes = {row.axis for row in rows if row.method == method}
+        compared = any(row.method == BASELINES[0] and row.axis in axes for row in rows)
+        if method not in (OFF, *BASELINES) and compared:
             above, below = wins(rows, method), wins(rows, BASELINES[0], over=method)
             lines.append(
                 f"{method} against {BASELINES[0]}, disjoint intervals at the same keep_ratio: "
