@@ -166,7 +166,7 @@ def start(mode, folder, args, pool, log):
 def markdown(record):
     """Return what the README shows of a record: what one pool carries, and how fast."""
     loads = [str(c) for c in record["loads"]]
-    most, rows = loads[-1], record["rows"]
+    most, rows, machine = loads[-1], record["rows"], record["runs"][-1]["machine"]
     stock, alone = rows["stock"][most]["peak"], rows["stock"]["1"]["blocks_alone"]
     text = fill(
         f"One pool of {record['pool_blocks']} blocks of {BLOCK} tokens "
@@ -174,8 +174,8 @@ def markdown(record):
         f"each, sink {SINK}, lag {LAG}, think with half the key channels. *blocks*: held by one "
         f"request behind its prompt. *peak*: most requests running at once with {most} in flight. "
         f"*blocks/formula*: blocks held over those that the counts promise, between steps. "
-        f"Commit {record['git_sha'][:7]}, {record['machine']['cores']} cores of an "
-        f"{record['machine']['cpu']}; stock is `vllm serve` as it is there.",
+        f"Commit {', '.join(dict.fromkeys(run['git_sha'][:7] for run in record['runs']))}, "
+        f"{machine['cores']} cores of an {machine['cpu']}; stock is `vllm serve` as it is there.",
         79,
     )
     held = [
@@ -183,15 +183,24 @@ def markdown(record):
             mode,
             f"{row['1']['blocks_alone']}",
             f"{row['1']['blocks_alone'] / alone - 1:+.0%}",
-            f"{row[most]['peak']}",
-            f"{row[most]['peak'] / stock:.1f}x",
-            f"{row[most]['preemptions']}",
-            f"{row[most]['blocks_over_formula']:.3f}",
+            *(
+                [
+                    f"{full['peak']}",
+                    f"{full['peak'] / stock:.1f}x",
+                    f"{full['preemptions']}",
+                    f"{full['blocks_over_formula']:.3f}",
+                ]
+                if (full := row.get(most))
+                else [""] * 4
+            ),
         ]
         for mode, row in rows.items()
     ]
     speed = [
-        [mode, *(f"{row[load]['tokens_per_second']:.1f}" for load in loads)]
+        [
+            mode,
+            *(f"{row[c]['tokens_per_second']:.1f}" if c in row else "" for c in loads),
+        ]
         for mode, row in rows.items()
     ]
     heads = ["engine", "blocks", "to stock", "peak", "to stock", "preempted", "blocks/formula"]
@@ -210,9 +219,15 @@ def main():
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--pool-prompts", type=int, default=12)
-    parser.add_argument("--most", type=int, default=64, help="requests of the last load")
-    parser.add_argument("--loads", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--out", type=Path, default=Path("bench/results/capacity-cpu.json"))
+    parser.add_argument("--most", type=int, default=64, help="requests an engine may run at once")
+    parser.add_argument("--loads", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results/capacity-cpu.json"),
+        help="what it holds of other modes and loads in the same pool stays",
+    )
     parser.add_argument("--serve", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -221,30 +236,33 @@ def main():
 
     run = manifest("bench.capacity", SEED)
     pool = args.pool_prompts * -(-args.prompt // BLOCK)
-    loads = [*args.loads, args.most]
-    rows = {mode: {} for mode in MODES}
+    setting = {
+        "pool_blocks": pool,
+        **{key: getattr(args, key) for key in ("prompt", "new", "pool_prompts")},
+    }
+    rows, runs = {mode: {} for mode in MODES}, []
+    if args.out.is_file():
+        before = json.loads(args.out.read_text())
+        if all(before[key] == value for key, value in setting.items()):
+            rows, runs = rows | before["rows"], before["runs"]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         save_model(folder, args.prompt + args.new + BLOCK)
-        children = {mode: start(mode, folder, args, pool, log) for mode in MODES}
+        children = {mode: start(mode, folder, args, pool, log) for mode in args.modes}
         try:
-            for turn, concurrency in enumerate(loads):
-                order = list(MODES)
+            for turn, concurrency in enumerate(args.loads):
+                order = args.modes
                 for mode in order[turn % len(order) :] + order[: turn % len(order)]:
                     child = children[mode]
                     print(concurrency, max(concurrency, 2), file=child.stdin, flush=True)
-                    rows[mode][concurrency] = json.loads(child.stdout.readline())
+                    # keys of JSON objects are strings
+                    rows[mode][str(concurrency)] = json.loads(child.stdout.readline())
         finally:
             for child in children.values():
                 child.stdin.close()
                 child.wait(timeout=60)
-    record = {
-        **run,
-        "pool_blocks": pool,
-        **{key: getattr(args, key) for key in ("prompt", "new", "pool_prompts")},
-        "loads": loads,
-        # keys of JSON objects are strings
-        "rows": {mode: {str(c): r for c, r in row.items()} for mode, row in rows.items()},
-    }
+    rows = {mode: row for mode, row in rows.items() if row}
+    loads = sorted({int(load) for row in rows.values() for load in row})
+    record = {**setting, "loads": loads, "rows": rows, "runs": [*runs, run]}
     print(markdown(record))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -115,6 +115,7 @@ def test_the_verdict_tells_losses_too() -> None:
     ]
     assert verdict(rows).endswith("above in digit (0.25); below in read (0.25).")
     assert verdict(rows[4:]).endswith("above in no task; below in no task.")
+    assert verdict([row for row in rows if row.method != "random"]) == ""
 
 
 def test_results_of_another_model_are_refused(results: Path, model: Path) -> None:
