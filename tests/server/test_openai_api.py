@@ -235,8 +235,14 @@ def test_the_policies_page_matches_the_engine(server: Server) -> None:
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "max_model_len": 1024,
         "visual_unsupported": None,
+        "importance_unsupported": None,
         "kv_unsupported": None,
+        "channels_allowed": True,
+        "channels_unsupported": None,
+        "head_size": 32,
+        "block_size": 32,
     }
+    assert set(listing["policies"]["channels"]) == {"think"}
     assert set(listing["policies"]["kv"]) == {"lagkv", "streaming", "random"}
     assert set(listing["policies"]["visual"]) >= {"transprune", "random", "uniform"}
 
