@@ -34,9 +34,16 @@ class CacheLayout(abc.ABC):
 
     order: Tensor | None = None
 
-    @abc.abstractmethod
     def read(self, cache: Tensor, blocks: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys and values `[H, end - begin, D]` of a range of cache indices."""
+        heads, block_size, width = cache.shape[1:]
+        first, last = begin // block_size, -(-end // block_size)
+        whole = cache[blocks[first:last].long()]  # [blocks, H, S, 2 * D]
+        if self.order is not None:
+            whole = whole.flatten(2)[:, :, self.order.flatten()].view_as(whole)
+        rows = whole.transpose(0, 1).reshape(heads, -1, width)
+        key, value = rows[:, begin - first * block_size : end - first * block_size].chunk(2, dim=2)
+        return key, value
 
     @abc.abstractmethod
     def move(self, cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
@@ -45,11 +52,6 @@ class CacheLayout(abc.ABC):
 
 class RowLayout(CacheLayout):
     """Plain rows, `[key, value]` of one token and head each."""
-
-    def read(self, cache: Tensor, blocks: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Copy whole blocks and cut the range out of them."""
-        key, value = _rows(cache, cache.shape[2], blocks, begin, end).chunk(2, dim=2)
-        return key, value
 
     def move(self, cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
         """Run the kernel."""
@@ -66,17 +68,6 @@ class PermutedLayout(CacheLayout):
     def __init__(self, order: Tensor) -> None:
         self.order: Tensor = order
 
-    def read(self, cache: Tensor, blocks: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Copy whole blocks, put their elements in order, and cut the range out of them."""
-        num_blocks, heads, block_size, width = cache.shape
-        first, last = begin // block_size, -(-end // block_size)
-        stored = cache.view(num_blocks, heads, -1)[blocks[first:last].long()]
-        rows = stored[:, :, self.order.flatten()].view(-1, heads, block_size, width)
-        rows = rows.transpose(0, 1).reshape(heads, -1, width)
-        rows = rows[:, begin - first * block_size : end - first * block_size]
-        key, value = rows.chunk(2, dim=2)
-        return key, value
-
     def move(self, cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
         """Gather and scatter a bounded number of rows at a time, in ascending order."""
         num_blocks, heads, block_size, width = cache.shape
@@ -90,13 +81,6 @@ class PermutedLayout(CacheLayout):
             # the gather is complete before the scatter begins
             rows = stored[blocks[take // block_size], head, self.order[take[..., 0] % block_size]]
             stored[blocks[put // block_size], head, self.order[put[..., 0] % block_size]] = rows
-
-
-def _rows(cache: Tensor, block_size: int, blocks: Tensor, begin: int, end: int) -> Tensor:
-    first, last = begin // block_size, -(-end // block_size)
-    rows = cache[blocks[first:last].long()].transpose(0, 1)  # [H, blocks, S, w]
-    rows = rows.reshape(rows.shape[0], -1, rows.shape[3])
-    return rows[:, begin - first * block_size : end - first * block_size]
 
 
 _ROW_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
