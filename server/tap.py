@@ -122,7 +122,7 @@ def plan_explicit(
             f"pruning.visual must be left out with this model: {engine.unsupported}",
             "pruning.visual",
         )
-    method = policy.model_dump()["method"] if (policy := pruning.policy("visual")) else None
+    method = policy.name if (policy := pruning.policy("visual")) else None
     if reason == "importance_unsupported":
         raise PolicyError(
             f"pruning.visual.method must be another than {method} with this server: "

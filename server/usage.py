@@ -68,7 +68,7 @@ class RequestRecord:
     def applied(self) -> dict[str, str | None]:
         """Return the method per axis that was applied to at least one prompt."""
         return {
-            axis: policy.model_dump()["method"]
+            axis: policy.name
             if (policy := self.pruning.policy(axis)) is not None
             and any(axis not in p.plan.skipped for p in self.prompts)
             else None

@@ -150,7 +150,7 @@ def flatten(pruning: Axes) -> dict[str, Any]:
         for axis in AXES
         if (policy := pruning.policy(axis)) is not None
         for key, value in {
-            "method": policy.model_dump()["method"],
+            "method": policy.name,
             **policy.model_dump(exclude_unset=True),
         }.items()
         if value is not None

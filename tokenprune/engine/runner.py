@@ -402,9 +402,7 @@ class PruningModelRunner(GPUModelRunner):
             policy, visual = request.plan.pruning.policy("visual"), request.plan.visual
             if policy is None or visual is None:
                 continue
-            self.stats.count_visual(
-                str(policy.model_dump()["method"]), request.layout.num_visual, visual.kept[-1]
-            )
+            self.stats.count_visual(policy.name, request.layout.num_visual, visual.kept[-1])
 
     @property
     def kv_unsupported(self) -> str | None:

@@ -57,14 +57,14 @@ class PrunedRequest:
         """The KV method's name."""
         policy = self.plan.pruning.policy("kv")
         assert policy is not None
-        return str(policy.model_dump()["method"])
+        return policy.name
 
     @property
     def freeing_method(self) -> str:
         """What empties blocks while the request runs, e.g. `lagkv` or `lagkv+think`."""
         plans = {"kv": self.plan.kv, "channels": self.plan.channels}
         asked = (self.plan.pruning.policy(axis) for axis, plan in plans.items() if plan)
-        return "+".join(str(policy.model_dump()["method"]) for policy in asked if policy)
+        return "+".join(policy.name for policy in asked if policy)
 
     def packed_blocks(self, num_computed: int) -> tuple[int, ...]:
         """Return the packed blocks of every stage."""

@@ -85,6 +85,15 @@ class Policy(BaseModel, abc.ABC):
 
     axis: ClassVar[Axis]
 
+    @property
+    def name(self) -> str:
+        """The method's name, which is the one value of its `method` field."""
+        return _name(type(self))
+
+
+def _name(cls: type[Policy]) -> str:
+    return str(cls.model_fields["method"].default)
+
 
 PolicyT = TypeVar("PolicyT", bound=Policy)
 _registry: dict[tuple[Axis, str], type[Policy]] = {}
@@ -92,7 +101,7 @@ _registry: dict[tuple[Axis, str], type[Policy]] = {}
 
 def register_policy(cls: type[PolicyT]) -> type[PolicyT]:
     """Add a policy to the registry under its axis and the one value of its `method` field."""
-    method = cls.model_fields["method"].default
+    method = _name(cls)
     if (cls.axis, method) in _registry:
         raise ValueError(f"{cls.axis} method {method!r} is already registered")
     _registry[cls.axis, method] = cls
