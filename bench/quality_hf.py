@@ -17,8 +17,9 @@ from bench.quality_ask import messages
 from bench.quality_store import HF, SERVED, Answers
 from bench.quality_tasks import TASKS, Cell, Item
 from tokenprune.errors import TokenPruneError
-from tokenprune.policies import EngineShape, PlanSkipped, VisualPolicy
+from tokenprune.policies import PlanSkipped, VisualPolicy
 from tokenprune.request import parse_pruning
+from tokenprune.shape import EngineShape
 
 
 def greedy(

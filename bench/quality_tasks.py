@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bench.demo_model import data, documents, questions
 from tokenprune.errors import TokenPruneError
-from tokenprune.policies import policies
+from tokenprune.policies import methods
 from tokenprune.presets import load_presets
 
 OFF = "off"
@@ -224,7 +224,7 @@ class Cell:
         chosen: dict[str, Any] = {"method": self.method, "keep_ratio": self.keep_ratio}
         if self.axis == "kv":
             chosen |= KV_PARAMETERS
-        if "seed" in policies(self.axis)[self.method].model_fields:
+        if "seed" in methods(self.axis)[self.method].model_fields:
             # one draw for all questions would measure that draw, not the method
             chosen["seed"] = index
         return {self.axis: chosen}
@@ -232,7 +232,7 @@ class Cell:
 
 def all_methods() -> list[str]:
     """Return every method of every axis, the baselines first."""
-    known = dict.fromkeys(method for a in AXES for method in (*policies(a), *VARIANTS[a]))
+    known = dict.fromkeys(method for a in AXES for method in (*methods(a), *VARIANTS[a]))
     return [*BASELINES, *(method for method in known if method not in BASELINES)]
 
 
@@ -270,7 +270,7 @@ def make_cells(
             for axis in shown
             for method in ordered
             for ratio in sorted(set(keep_ratios or AXES[axis].keep_ratios), reverse=True)
-            if method in policies(axis)
+            if method in methods(axis)
             or ((variant := VARIANTS[axis].get(method)) and variant(ratio) is not None)
         ]
     return cells

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenprune.policies import EngineShape, policies
-from tokenprune.request import AXES, PRESETS, Axes
+from tokenprune.policies import AXES, ImagePolicy, Policy, PromptPolicy, methods
+from tokenprune.request import PRESETS, Axes
+from tokenprune.shape import FEATURES, EngineShape
 
 
 def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
@@ -13,7 +14,7 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
     return {
         "object": "pruning.policies",
         "policies": {
-            axis: {name: _describe(cls) for name, cls in policies(axis).items()} for axis in AXES
+            axis: {name: _describe(cls) for name, cls in methods(axis).items()} for axis in AXES
         },
         "presets": PRESETS,
         "default": default.model_dump(exclude_unset=True, exclude_none=True),
@@ -21,11 +22,8 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
             "num_layers": engine.num_layers,
             "prune_layers": list(engine.prune_layers),
             "max_num_batched_tokens": engine.max_num_batched_tokens,
-            "visual_unsupported": engine.unsupported,
-            "kv_unsupported": engine.kv_unsupported,
-            "importance_unsupported": engine.importance_unsupported,
-            "channels_allowed": engine.allow_channels,
-            "channels_unsupported": engine.channels_unsupported,
+            **{f"{name}_unsupported": engine.unsupported.get(name) for name in FEATURES},
+            "allow_channel_pruning": engine.allow_channel_pruning,
             "head_size": engine.head_size,
             "block_size": engine.block_size,
             "max_model_len": engine.max_model_len,
@@ -33,12 +31,14 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
     }
 
 
-def _describe(cls: Any) -> dict[str, Any]:
+def _describe(cls: type[Policy]) -> dict[str, Any]:
     return {
-        "needs_whole_prompt": getattr(cls, "needs_whole_prompt", False),
-        "chooses_per_image": getattr(cls, "chooses_per_image", False),
+        "needs_whole_prompt": issubclass(cls, PromptPolicy),
+        "chooses_per_image": issubclass(cls, ImagePolicy),
         "defaults": {
-            name: field.default for name, field in cls.model_fields.items() if name != "method"
+            name: field.get_default(call_default_factory=True)
+            for name, field in cls.model_fields.items()
+            if name != "method" and not field.is_required()
         },
         "schema": cls.model_json_schema(),
     }

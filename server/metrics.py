@@ -18,10 +18,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tokenprune.policies import EngineShape, policies
-from tokenprune.request import AXES, PRESETS, Axes
-from tokenprune.server.flops import ModelShape, prefill_flops
+from tokenprune.cost import prefill_flops
+from tokenprune.policies import AXES, methods
+from tokenprune.request import PRESETS, Axes
 from tokenprune.server.usage import RequestRecord
+from tokenprune.shape import EngineShape, ModelShape
 
 NONE = "none"
 
@@ -75,7 +76,11 @@ def count_served(record: RequestRecord, engine: EngineShape, model: ModelShape) 
     full = _FLOPS.labels("full")
     spent = _FLOPS.labels("spent")
     for entry in record.prompts:
-        flops = prefill_flops(entry.plan, entry.prompt, engine, model)
+        plan, visual = entry.plan, entry.plan.visual
+        scores = 0
+        if visual is not None:
+            scores = visual.policy.score_macs(visual, entry.prompt, engine, model)
+        flops = prefill_flops(plan.lengths, engine, model, scores)
         # every choice of a pruned prompt is prefilled by itself
         full.inc(flops[0] * len(entry.completions))
         spent.inc(flops[1] * len(entry.completions))
@@ -97,7 +102,7 @@ def _methods(asked: object) -> list[str]:
     for axis in AXES:
         choice = asked.get(axis) if isinstance(asked, Mapping) else None
         method = choice.get("method") if isinstance(choice, Mapping) else None
-        names.append(method if isinstance(method, str) and method in policies(axis) else NONE)
+        names.append(method if isinstance(method, str) and method in methods(axis) else NONE)
     return names
 
 

@@ -23,18 +23,16 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
 from tokenprune.errors import PolicyError
-from tokenprune.policies import EngineShape
 from tokenprune.request import (
     FLAT_PREFIX,
     FLAT_PRESET,
     Axes,
     PruningField,
+    asked,
     flatten,
     has_flat,
-    parse_flat,
     parse_pruning,
 )
-from tokenprune.server.flops import ModelShape
 from tokenprune.server.listing import policies_listing
 from tokenprune.server.metrics import count_off, count_refused, count_served
 from tokenprune.server.usage import (
@@ -45,6 +43,7 @@ from tokenprune.server.usage import (
     header_value,
     usage_block,
 )
+from tokenprune.shape import EngineShape, ModelShape
 
 Handler = Callable[..., Awaitable[Response | None]]
 
@@ -79,7 +78,7 @@ class PruningRefusedError(VLLMValidationError):
     """A refused request; vLLM answers it with HTTP 400 and `param`."""
 
     def __str__(self) -> str:
-        # vLLM's form repeats the parameter behind the message, which names it already
+        # vLLM's form repeats the parameter after the message, which names it already
         return str(self.args[0])
 
 
@@ -89,15 +88,13 @@ class Service:
 
     Attributes:
         engine: What plans need.
-        model: What FLOPs need.
+        model: What costs need.
         default: Applied to requests that say nothing about pruning.
-        kv_bytes_per_token_layer: KV cache bytes of one token in one layer, all ranks together.
     """
 
     engine: EngineShape
     model: ModelShape
     default: Axes
-    kv_bytes_per_token_layer: int
 
 
 async def create_chat_completion(
@@ -141,13 +138,13 @@ def attach_routes(app: FastAPI) -> None:
 
 async def _serve(request: Any, raw_request: Request, stock: Handler) -> Response | None:
     service: Service = raw_request.app.state.tokenprune
-    asked: Any = request.pruning
+    pruning: Any = request.pruning
     try:
-        asked, explicit = _take_pruning(request, service.default)
-        if asked.is_off:
+        pruning, explicit = _take_pruning(request, service.default)
+        if pruning.is_off:
             count_off()
             return await stock(request, raw_request)
-        record = RequestRecord(asked)
+        record = RequestRecord(pruning)
         if request.use_beam_search:
             if explicit:
                 raise PolicyError(
@@ -161,7 +158,7 @@ async def _serve(request: Any, raw_request: Request, stock: Handler) -> Response
         finally:
             current_record.reset(token)
     except PolicyError as error:
-        count_refused(asked)
+        count_refused(pruning)
         raise PruningRefusedError(str(error), parameter=error.param) from None
     if response is not None and response.status_code < 400:
         count_served(record, service.engine, service.model)
@@ -173,7 +170,7 @@ def _take_pruning(request: Any, default: Axes) -> tuple[Axes, bool]:
     """Return what is asked for and whether by the request; move the field to the flat keys."""
     flat = request.vllm_xargs
     if request.pruning is None:
-        return (parse_flat(flat), True) if has_flat(flat) else (default, False)
+        return asked(flat, default)
     if has_flat(flat):
         key = min(k for k in flat if k == FLAT_PRESET or k.startswith(FLAT_PREFIX))
         raise PolicyError(f"pruning and vllm_xargs.{key} exclude each other; leave one out")
@@ -183,7 +180,7 @@ def _take_pruning(request: Any, default: Axes) -> tuple[Axes, bool]:
 
 
 def _describe(response: Response, record: RequestRecord, service: Service) -> None:
-    block = partial(usage_block, record, service.engine, service.kv_bytes_per_token_layer)
+    block = partial(usage_block, record, service.engine, service.model)
     response.headers[HEADER] = header_value(record)
     if isinstance(response, StreamingResponse):
         response.body_iterator = add_to_stream(aiter(response.body_iterator), block)

@@ -21,9 +21,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from tokenprune.cost import slots_held
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import ChannelPolicy, EngineShape, KVPolicy, VisualPolicy
-from tokenprune.request import AXES, Axes, RequestPlan
+from tokenprune.plan import RequestPlan
+from tokenprune.policies import AXES, Axis, ChannelPlan, KVPlan, VisualPlan
+from tokenprune.request import Axes
+from tokenprune.shape import EngineShape, ModelShape
 
 HEADER = "x-tokenprune-applied"
 # inside a JSON string the quotes would be escaped, so generated text never matches
@@ -47,7 +50,7 @@ class PromptRecord:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What one HTTP request asked for and got; filled by the engine tap.
+    """What one HTTP request asked for and got; filled as prompts are admitted.
 
     Attributes:
         pruning: What it asked for, or the server's default.
@@ -63,87 +66,64 @@ class RequestRecord:
         """Return the reason per axis that was asked for and not applied to every prompt."""
         if self.bypass is not None:
             return {axis: self.bypass for axis in AXES if self.pruning.policy(axis) is not None}
-        return {axis: why for p in self.prompts for axis, why in p.plan.skipped.items()}
+        return {axis: why.reason for p in self.prompts for axis, why in p.plan.skipped.items()}
 
     def applied(self) -> dict[str, str | None]:
         """Return the method per axis that was applied to at least one prompt."""
         return {
-            axis: policy.name
-            if (policy := self.pruning.policy(axis)) is not None
-            and any(axis not in p.plan.skipped for p in self.prompts)
-            else None
+            axis: part.policy.name if (part := self.part(axis)) is not None else None
             for axis in AXES
         }
+
+    def part(self, axis: Axis) -> VisualPlan | KVPlan | ChannelPlan | None:
+        """Return the plan of an axis that was applied; it tells the same of all such prompts."""
+        parts = (prompt.plan.part(axis) for prompt in self.prompts)
+        return next((part for part in parts if part is not None), None)
 
     def cuts(self) -> tuple[tuple[int, float], ...]:
         """Return `(layer, keep ratio)` of the visual cuts; equal for all pruned prompts."""
         return next((p.plan.visual.cuts for p in self.prompts if p.plan.visual is not None), ())
 
-    def channels(self) -> tuple[int, int] | None:
-        """Return the key and value channels kept; equal for all prompts that drop any."""
-        plans = (p.plan.channels for p in self.prompts if p.plan.channels is not None)
-        return next(((plan.keys, plan.values) for plan in plans), None)
-
 
 current_record: ContextVar[RequestRecord | None] = ContextVar("current_record", default=None)
 
 
-def usage_block(
-    record: RequestRecord, engine: EngineShape, kv_bytes_per_token_layer: int
-) -> dict[str, Any]:
+def usage_block(record: RequestRecord, engine: EngineShape, model: ModelShape) -> dict[str, Any]:
     """Return the value of `usage.pruning`."""
     block: dict[str, Any] = {"applied": record.applied(), "skipped": record.skipped()}
     if not record.prompts:
         return block
-    sizes = engine.stage_sizes()
-    kept = [0] * len(sizes)
+    kept = [0] * engine.num_stages
     logical = held_layers = 0
     for entry in record.prompts:
         plan, total = entry.plan, entry.prompt.num_visual
-        stages = plan.visual.kept if plan.visual is not None else (total,) * len(sizes)
+        stages = plan.visual.kept if plan.visual is not None else (total,) * engine.num_stages
         kept = [a + b for a, b in zip(kept, stages, strict=True)]
         for completion in entry.completions:
             computed = entry.prompt.num_tokens + max(completion - 1, 0)
-            held = (
-                plan.lengths.all_stages(computed)
-                if plan.lengths is not None
-                else (computed,) * len(sizes)
-            )
             logical += computed
-            held_layers += sum(size * n for size, n in zip(sizes, held, strict=True))
+            held_layers += slots_held(plan.lengths, engine, computed)
     return block | {
         "visual_tokens": sum(entry.prompt.num_visual for entry in record.prompts),
         "visual_tokens_kept": kept,
         "visual_layers": [layer for layer, _ in record.cuts()],
         "kv_tokens_logical": logical,
         "kv_tokens_physical": round(held_layers / engine.num_layers, 1),
-        "kv_bytes_saved": (logical * engine.num_layers - held_layers) * kv_bytes_per_token_layer,
+        "kv_bytes_saved": (logical * engine.num_layers - held_layers)
+        * model.kv_bytes_per_token_layer,
     }
 
 
 def header_value(record: RequestRecord) -> str:
     """Return the value of the response header, e.g. `visual=uniform;keep_ratio=0.25;layers=2,3`."""
-    parts = []
-    for axis, method in record.applied().items():
-        if method is None:
-            continue
-        part = f"{axis}={method}"
-        policy = record.pruning.policy(axis)
-        if isinstance(policy, VisualPolicy) and (cuts := record.cuts()):
-            if policy.chooses_per_image:
-                # its `keep_ratio` is a mean over layers, so each cut says its own share
-                part += f";keep_ratios={','.join(f'{share:.3g}' for _, share in cuts)}"
-            else:
-                part += f";keep_ratio={cuts[-1][1]:g}"
-            part += f";layers={','.join(str(layer) for layer, _ in cuts)}"
-        if isinstance(policy, KVPolicy):
-            budget = policy.budget_tokens
-            share = f"keep_ratio={policy.keep_ratio:g}"
-            part += f";{share if budget is None else f'budget_tokens={budget}'};lag={policy.lag}"
-        if isinstance(policy, ChannelPolicy) and (kept := record.channels()):
-            part += f";keys={kept[0]};values={kept[1]}"
-        parts.append(part)
-    return ", ".join(parts) or "none"
+    applied = []
+    for axis in AXES:
+        part = record.part(axis)
+        if part is not None:
+            words = [f"{axis}={part.policy.name}"]
+            words += [f"{key}={value}" for key, value in part.summary().items()]
+            applied.append(";".join(words))
+    return ", ".join(applied) or "none"
 
 
 async def add_to_stream(

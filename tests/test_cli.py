@@ -13,14 +13,16 @@ from tokenprune.engine.launch import (
     SCHEDULER_CLS,
     VALIDATOR,
     WORKER_CLS,
+    EngineOptions,
     allowed_plugins,
     engine_arguments,
     vllm_arguments,
 )
 from tokenprune.errors import ConfigurationError
 
-Call = tuple[list[str], list[int] | None, str | None, bool]
+Call = tuple[list[str], EngineOptions]
 CLASSES = ["--scheduler-cls", SCHEDULER_CLS, "--worker-cls", WORKER_CLS]
+EIGHT = EngineOptions([8])
 OURS = ["--logits-processors", VALIDATOR, *CLASSES]
 
 
@@ -28,15 +30,8 @@ OURS = ["--logits-processors", VALIDATOR, *CLASSES]
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     calls: list[Call] = []
 
-    def record(
-        arguments: list[str],
-        prune_layers: list[int] | None,
-        default: str | None,
-        _: object,
-        presets: object,
-        allow_channel_pruning: bool,
-    ) -> None:
-        calls.append((list(arguments), prune_layers, default, allow_channel_pruning))
+    def record(arguments: list[str], options: EngineOptions, _: object) -> None:
+        calls.append((list(arguments), options))
 
     monkeypatch.setattr(launch, "serve", record)
     return calls
@@ -71,7 +66,7 @@ def test_help_explains_ours_and_points_to_vllm() -> None:
 )
 def test_other_arguments_pass_in_order(served: list[Call], arguments: list[str]) -> None:
     assert run("serve", *arguments)[0] == 0
-    assert served == [(arguments, None, None, False)]
+    assert served == [(arguments, EngineOptions())]
 
 
 def test_our_arguments_are_taken_out(served: list[Call]) -> None:
@@ -79,19 +74,19 @@ def test_our_arguments_are_taken_out(served: list[Call]) -> None:
         "serve", "m", "--prune-layers", "8,12", "--port", "1", "--pruning-default=balanced"
     )
     assert code == 0
-    assert served == [(["m", "--port", "1"], [8, 12], "balanced", False)]
+    assert served == [(["m", "--port", "1"], EngineOptions([8, 12], "balanced"))]
 
 
 @pytest.mark.parametrize("value", ["", "none", " none "])
 def test_no_prune_layers_means_kv_methods_only(served: list[Call], value: str) -> None:
     assert run("serve", "m", "--prune-layers", value)[0] == 0
-    assert served == [(["m"], [], None, False)]
+    assert served == [(["m"], EngineOptions([]))]
 
 
 @pytest.mark.parametrize("flag", ["--allow-channel-pruning", "--allow_channel_pruning"])
 def test_channel_pruning_is_allowed_by_a_flag(served: list[Call], flag: str) -> None:
     assert run("serve", "m", flag)[0] == 0
-    assert served == [(["m"], None, None, True)]
+    assert served == [(["m"], EngineOptions(allow_channel_pruning=True))]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +138,7 @@ def test_an_error_may_hold_brackets(
 
 
 def test_vllm_gets_our_classes_and_settings() -> None:
-    assert vllm_arguments(["m", "--port", "1"], [8, 12], "safe") == [
+    assert vllm_arguments(["m", "--port", "1"], EngineOptions([8, 12], "safe")) == [
         *("m", "--port", "1"),
         *OURS,
         "--additional-config",
@@ -158,7 +153,7 @@ def test_offline_users_get_the_same_from_one_function() -> None:
         "logits_processors": [VALIDATOR],
         "additional_config": {"tokenprune": {}},
     }
-    assert engine_arguments((), "safe")["additional_config"] == {
+    assert engine_arguments(prune_layers=(), default="safe")["additional_config"] == {
         "tokenprune": {"prune_layers": [], "default": "safe"}
     }
     assert engine_arguments(allow_channel_pruning=True)["additional_config"] == {
@@ -174,7 +169,7 @@ def test_offline_users_get_the_same_from_one_function() -> None:
     ],
 )
 def test_their_additional_config_is_merged(theirs: list[str]) -> None:
-    *rest, flag, value = vllm_arguments(["m", *theirs], [8])
+    *rest, flag, value = vllm_arguments(["m", *theirs], EIGHT)
     assert rest == ["m", *OURS]
     assert flag == "--additional-config"
     assert json.loads(value) == {"a": 1, "tokenprune": {"x": 2, "prune_layers": [8]}}
@@ -182,7 +177,7 @@ def test_their_additional_config_is_merged(theirs: list[str]) -> None:
 
 def test_their_dotted_additional_config_is_joined_by_a_dotted_one() -> None:
     arguments = ["m", "--additional-config.a", "1"]
-    assert vllm_arguments(arguments, [8]) == [
+    assert vllm_arguments(arguments, EIGHT) == [
         *arguments,
         *OURS,
         "--additional-config.tokenprune",
@@ -193,7 +188,7 @@ def test_their_dotted_additional_config_is_joined_by_a_dotted_one() -> None:
 def test_a_config_file_keeps_its_additional_config(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("port: 1\nadditional_config:\n  a: 1\n")
-    *rest, flag, value = vllm_arguments(["m", "--config", str(file)], [8])
+    *rest, flag, value = vllm_arguments(["m", "--config", str(file)], EIGHT)
     assert rest == ["m", "--config", str(file), *OURS]
     assert flag == "--additional-config"
     assert json.loads(value) == {"a": 1, "tokenprune": {"prune_layers": [8]}}
@@ -207,7 +202,7 @@ def test_a_config_file_keeps_its_additional_config(tmp_path: Path) -> None:
     ],
 )
 def test_their_logits_processors_stay(theirs: list[str], expected: list[str]) -> None:
-    arguments = vllm_arguments(["m", *theirs, "--port", "1"])
+    arguments = vllm_arguments(["m", *theirs, "--port", "1"], EngineOptions())
     assert arguments[:-2] == [
         *("m", "--logits-processors", VALIDATOR),
         *(*expected, "--port", "1"),
@@ -218,7 +213,7 @@ def test_their_logits_processors_stay(theirs: list[str], expected: list[str]) ->
 def test_logits_processors_of_a_config_file_stay(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("logits-processors: ['a:B']\n")
-    arguments = vllm_arguments(["m", "--config", str(file)])
+    arguments = vllm_arguments(["m", "--config", str(file)], EngineOptions())
     at = arguments.index("--logits-processors")
     assert arguments[at + 1 : at + 3] == [VALIDATOR, "a:B"]
 
@@ -234,14 +229,14 @@ def test_logits_processors_of_a_config_file_stay(tmp_path: Path) -> None:
 )
 def test_what_only_we_can_set_is_refused(arguments: list[str], named: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^{named} must be"):
-        vllm_arguments(["m", *arguments])
+        vllm_arguments(["m", *arguments], EngineOptions())
 
 
 def test_a_config_file_cannot_set_our_classes(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("worker-cls: their.Worker\n")
     with pytest.raises(ConfigurationError, match=r"their\.Worker"):
-        vllm_arguments(["m", "--config", str(file)])
+        vllm_arguments(["m", "--config", str(file)], EngineOptions())
 
 
 def test_our_routes_load_and_nothing_else_is_lost() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.policies import policies
-from tokenprune.request import AXES, PRESETS, parse_pruning
+from tokenprune.policies import AXES, methods
+from tokenprune.request import PRESETS, parse_pruning
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,9 +35,9 @@ def test_every_relative_link_leads_to_a_file(page):
 
 
 def test_the_readme_table_lists_exactly_the_methods():
-    methods = README.partition("| method | keeps")[2].partition("\n\n")[0]
-    table = re.findall(r"^\| `(\w+)` \|", methods, re.MULTILINE)
-    assert sorted(table) == sorted(m for axis in AXES for m in policies(axis))
+    listed = README.partition("| method | keeps")[2].partition("\n\n")[0]
+    table = re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE)
+    assert sorted(table) == sorted(m for axis in AXES for m in methods(axis))
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -54,6 +54,8 @@ RULES = [
     Rule("tokenprune/__init__.py", only=frozenset()),
     Rule("tokenprune/errors.py", only=frozenset()),
     Rule("tokenprune/lengths.py", only=frozenset()),
+    Rule("tokenprune/shape.py", only=frozenset()),
+    Rule("tokenprune/cost.py", only=frozenset({"tokenprune.lengths", "tokenprune.shape"})),
     Rule(
         "tokenprune/policies",
         only=frozenset(
@@ -64,13 +66,24 @@ RULES = [
                 "tokenprune.kernels",
                 "tokenprune.lengths",
                 "tokenprune.policies",
+                "tokenprune.shape",
             }
         ),
     ),
     Rule(
         "tokenprune/request.py",
+        only=frozenset({"pydantic", "tokenprune.errors", "tokenprune.policies"}),
+    ),
+    Rule(
+        "tokenprune/plan.py",
         only=frozenset(
-            {"pydantic", "tokenprune.errors", "tokenprune.lengths", "tokenprune.policies"}
+            {
+                "tokenprune.errors",
+                "tokenprune.lengths",
+                "tokenprune.policies",
+                "tokenprune.request",
+                "tokenprune.shape",
+            }
         ),
     ),
     Rule(

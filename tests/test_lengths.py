@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.plans import is_counted, lengths_of, plan_of
 from tokenprune.engine.step import PrunedRequest, known_rows, stage_rows
-from tokenprune.lengths import Eviction, Packing, PhysicalLengths, PromptLayout
-from tokenprune.policies import VisualPlan
-from tokenprune.request import OFF, RequestPlan
+from tokenprune.lengths import DroppedOfImages, Eviction, Packing, PhysicalLengths, PromptLayout
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 NUM_STAGES = 3
@@ -39,7 +38,7 @@ def known_plans(draw):
         tuple(p for p, stage in zip(visual, gone, strict=True) if stage <= s)
         for s in range(NUM_STAGES)
     )
-    return layout, PhysicalLengths(layout.num_tokens, dropped)
+    return layout, lengths_of(layout.num_tokens, dropped)
 
 
 @st.composite
@@ -48,7 +47,7 @@ def counted_plans(draw):
     layout = draw(layouts())
     counts = st.integers(0, layout.num_visual)
     dropped = sorted(draw(st.lists(counts, min_size=NUM_STAGES, max_size=NUM_STAGES)))
-    return layout, PhysicalLengths(layout.num_tokens, tuple(dropped))
+    return layout, lengths_of(layout.num_tokens, dropped)
 
 
 def chunkings(total):
@@ -71,7 +70,7 @@ def test_increments_of_any_chunking_add_up_to_the_positions_not_dropped(case):
         grown, kept = 0, 0
         for before, after in itertools.pairwise(computed):
             grown += lengths.physical(after, stage) - lengths.physical(before, stage)
-            kept += sum(p not in dropped for p in range(before, after))
+            kept += sum(p not in dropped.positions for p in range(before, after))
             assert grown == kept == lengths.physical(after, stage)
 
 
@@ -82,7 +81,7 @@ def test_a_known_plan_grows_by_one_for_a_kept_token_and_by_none_for_a_dropped_on
     for stage, dropped in enumerate(lengths.dropped):
         for n in range(layout.num_tokens + 4):
             step = lengths.physical(n + 1, stage) - lengths.physical(n, stage)
-            assert step == (0 if n in dropped else 1)
+            assert step == (0 if n in dropped.positions else 1)
 
 
 @PROPERTY
@@ -106,16 +105,36 @@ def test_a_counted_plan_takes_effect_when_the_prompt_is_complete(case):
     for stage, dropped in enumerate(lengths.dropped):
         assert [lengths.physical(n, stage) for n in range(end)] == list(range(end))
         after = [lengths.physical(n, stage) for n in range(end, end + 5)]
-        assert after == list(range(end - dropped, end - dropped + 5))
+        assert after == list(range(end - dropped.count, end - dropped.count + 5))
 
 
 @PROPERTY
 @given(known_plans())
 def test_known_and_counted_plans_agree_once_the_prompt_is_complete(case):
     layout, known = case
-    counted = PhysicalLengths(layout.num_tokens, tuple(len(d) for d in known.dropped))
+    counted = lengths_of(layout.num_tokens, [len(d.positions) for d in known.dropped])
     for n in range(layout.num_tokens, layout.num_tokens + 4):
         assert counted.all_stages(n) == known.all_stages(n)
+
+
+@PROPERTY
+@given(layouts(), st.data())
+def test_images_drop_what_they_do_not_keep_and_no_more_than_their_end(layout, data):
+    images = tuple(
+        (start, end, data.draw(st.integers(0, end - start))) for start, end in layout.visual_spans
+    )
+    lengths = PhysicalLengths(layout.num_tokens, (DroppedOfImages(images),))
+    for n in range(layout.num_tokens + 4):
+        if any(start < n < end for start, end, _ in images):
+            continue
+        gone = sum(end - start - kept for start, end, kept in images if end <= n)
+        assert lengths.physical(n, 0) == n - gone
+
+
+def test_an_unpruned_request_holds_every_token_at_every_stage():
+    lengths = PhysicalLengths.unpruned(7, NUM_STAGES)
+    assert not lengths.frees_blocks
+    assert [lengths.all_stages(n) for n in range(9)] == [(n,) * NUM_STAGES for n in range(9)]
 
 
 @pytest.mark.parametrize(
@@ -130,12 +149,12 @@ def test_known_and_counted_plans_agree_once_the_prompt_is_complete(case):
     ],
 )
 def test_physical_length_of_a_prompt_of_five(dropped, expected):
-    lengths = PhysicalLengths(5, (dropped,))
+    lengths = lengths_of(5, (dropped,))
     assert [lengths.physical(n, 0) for n in range(7)] == expected
 
 
 def packing(num_prompt=100, block=4, tokens=6, recent=8, generated=True, eviction=None):
-    return PhysicalLengths(num_prompt, (0,), eviction, Packing(block, tokens, recent, generated))
+    return lengths_of(num_prompt, (0,), eviction, Packing(block, tokens, recent, generated))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +183,7 @@ def packing(num_prompt=100, block=4, tokens=6, recent=8, generated=True, evictio
 )
 def test_how_many_blocks_are_packed(lengths, n, blocks):
     assert lengths.packed_blocks(n, 0) == blocks
-    held = lengths.held(n, 0)
+    held = lengths.tokens_held(n, 0)
     assert lengths.physical(n, 0) == held - 2 * blocks
 
 
@@ -179,9 +198,7 @@ def packed_plans(draw):
         eviction = Eviction(draw(st.integers(0, 4)), lag, (keep,), draw(st.booleans()))
     recent, generated = draw(st.integers(0, 14)), draw(st.booleans())
     dropped = draw(st.integers(0, num_prompt - 1))
-    return PhysicalLengths(
-        num_prompt, (dropped,), eviction, Packing(block, tokens, recent, generated)
-    )
+    return lengths_of(num_prompt, (dropped,), eviction, Packing(block, tokens, recent, generated))
 
 
 @PROPERTY
@@ -191,7 +208,7 @@ def test_packed_blocks_only_grow_and_leave_the_recent_tokens_alone(lengths):
     for n in range(lengths.num_prompt_tokens, lengths.num_prompt_tokens + 60):
         assert lengths.packed_blocks(n, 0) >= packed
         packed = lengths.packed_blocks(n, 0)
-        dense = lengths.held(n, 0) - packed * lengths.packing.tokens
+        dense = lengths.tokens_held(n, 0) - packed * lengths.packing.tokens
         assert dense >= (lengths.packing.recent if packed else 0)
         assert lengths.physical(n, 0) == packed * lengths.packing.block + dense
 
@@ -211,7 +228,7 @@ def test_no_packed_token_is_ever_evicted(lengths):
 @given(packed_plans(), st.integers(1, 9), st.data())
 def test_no_step_needs_more_slots_than_admission_counts(lengths, max_step, data):
     computed = 0
-    if isinstance(lengths.dropped[0], int) and lengths.dropped[0]:
+    if is_counted(lengths) and lengths.dropped[0].count:
         # the choice needs the prompt in one step
         max_step = max(max_step, lengths.num_prompt_tokens)
         computed = lengths.num_prompt_tokens
@@ -221,7 +238,7 @@ def test_no_step_needs_more_slots_than_admission_counts(lengths, max_step, data)
         after = min(end, computed + data.draw(st.integers(1, max_step)))
         highest = max(highest, lengths.peak(computed, after, 0))
         computed = after
-    assert highest <= lengths.highest_peak(end, max_step, 0)
+    assert highest <= lengths.peak_bound(end, max_step, 0)
 
 
 @PROPERTY
@@ -234,6 +251,78 @@ def test_a_layout_counts_what_its_spans_hold(layout):
     assert layout.num_text_after == (layout.num_tokens - 1 - visual[-1] if visual else 0)
 
 
+# eviction
+
+
+@st.composite
+def evictions(draw):
+    prompt = draw(st.integers(1, 60))
+    lag = draw(st.integers(1, 9))
+    keep = (draw(st.integers(1, lag)), draw(st.integers(1, lag)))
+    eviction = Eviction(draw(st.integers(0, 6)), lag, keep, draw(st.booleans()))
+    dropped = tuple(sorted(draw(st.sets(st.integers(0, prompt - 1), max_size=prompt - 1))))
+    return lengths_of(prompt, ((), dropped), eviction)
+
+
+def recursion(lengths, stage, steps):
+    """Play the published recursion over `steps`; yield tokens computed, slots and their peak."""
+    eviction = lengths.eviction
+    cache, done, computed = 0, eviction.sink, 0
+    for step in steps:
+        entered = sum(
+            p not in lengths.dropped[stage].positions for p in range(computed, computed + step)
+        )
+        computed += step
+        cache += entered
+        peak = cache
+        if not eviction.after_prompt or computed >= lengths.num_prompt_tokens:
+            partitions = (cache - done) // eviction.lag
+            if partitions >= 2:
+                cache -= (partitions - 1) * (eviction.lag - eviction.keep[stage])
+                done += (partitions - 1) * eviction.keep[stage]
+        yield computed, cache, peak
+
+
+@PROPERTY
+@given(evictions(), st.lists(st.integers(1, 17), max_size=12))
+def test_counts_are_those_of_the_published_recursion_under_any_chunking(lengths, steps):
+    for stage in range(2):
+        before = 0
+        for computed, held, peak in recursion(lengths, stage, steps):
+            assert lengths.physical(computed, stage) == held
+            assert lengths.peak(before, computed, stage) == peak
+            before = computed
+
+
+@PROPERTY
+@given(evictions(), st.lists(st.integers(1, 17), min_size=1, max_size=12))
+def test_no_step_needs_more_than_the_bound_of_all_of_them(lengths, steps):
+    total = sum(steps)
+    for stage in range(2):
+        bound = lengths.peak_bound(total, 17, stage)
+        assert bound <= lengths.written(total, stage)
+        assert max(peak for _, _, peak in recursion(lengths, stage, steps)) <= bound
+
+
+@PROPERTY
+@given(evictions(), st.integers(0, 200))
+def test_what_is_held_is_never_less_than_sink_and_newest_nor_more_than_entered(lengths, n):
+    eviction = lengths.eviction
+    for stage in range(2):
+        entered, held = lengths.written(n, stage), lengths.physical(n, stage)
+        assert min(entered, eviction.sink + eviction.lag) <= held <= entered
+        if held < entered:
+            assert entered >= eviction.first_cut_at
+
+
+def test_evicting_in_chunks_bounds_the_peak_of_a_long_prompt():
+    eviction = Eviction(4, 16, (4,), after_prompt=False)
+    lengths = lengths_of(1000, ((),), eviction)
+    assert lengths.peak_bound(1000, 64, 0) < 400
+    whole = lengths_of(1000, ((),), Eviction(4, 16, (4,), after_prompt=True))
+    assert whole.peak_bound(1000, 64, 0) == 1000
+
+
 # the two sides of one engine: blocks by the scheduler's rule, rows by the worker's code
 
 
@@ -243,10 +332,8 @@ class Served:
     def __init__(self, name, layout, lengths, generated):
         self.layout, self.lengths = layout, lengths
         self.total = layout.num_tokens + generated
-        self.whole = lengths is not None and any(isinstance(d, int) for d in lengths.dropped)
-        self.pruned = lengths and PrunedRequest(
-            name, layout, RequestPlan(OFF, visual=VisualPlan((), (), None, lengths))
-        )
+        self.whole = lengths is not None and is_counted(lengths)
+        self.pruned = lengths and PrunedRequest(name, layout, plan_of(lengths))
         self.reset()
 
     def reset(self):
@@ -318,6 +405,6 @@ def step(batch, scheduled, block_size):
 def assert_text_stays(s, scheduled):
     visual = set(s.layout.visual_positions())
     chunk = range(s.computed, s.computed + scheduled)
-    for rows in known_rows(s.pruned, s.computed, scheduled):
+    for rows in known_rows(s.pruned.plan.visual, s.computed, scheduled):
         kept = {s.computed + int(r) for r in rows}
         assert {p for p in chunk if p not in visual} <= kept

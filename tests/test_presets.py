@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 from tokenprune.cli import app
 from tokenprune.engine import launch
-from tokenprune.engine.config import settings
-from tokenprune.engine.launch import engine_arguments, vllm_arguments
+from tokenprune.engine.launch import EngineOptions, engine_arguments, vllm_arguments
+from tokenprune.engine.settings import settings
 from tokenprune.errors import ConfigurationError, PolicyError
-from tokenprune.policies import EngineShape
 from tokenprune.presets import dump_presets, load_presets
 from tokenprune.request import OFF, PRESETS, flatten, parse_flat, parse_pruning
 from tokenprune.server.listing import policies_listing
+from tokenprune.shape import EngineShape
 
 MINE = {"mine": {"visual": {"method": "uniform", "keep_ratio": 0.3}}}
 
@@ -119,7 +119,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_presets_travel_to_other_processes_in_the_engine_settings() -> None:
     additional = engine_arguments(default="mine", presets=MINE)["additional_config"]
     assert additional == {"tokenprune": {"default": "mine", "presets": MINE}}
-    assert json.loads(vllm_arguments(["m"], None, "mine", MINE)[-1]) == additional
+    assert (
+        json.loads(vllm_arguments(["m"], EngineOptions(default="mine", presets=MINE))[-1])
+        == additional
+    )
     assert "mine" not in PRESETS
     found = settings(SimpleNamespace(additional_config=additional))
     assert found.default_pruning == parse_pruning("mine")
@@ -154,8 +157,7 @@ def test_the_command_line_reads_them_before_anything_starts(
     flags = ["--pruning-presets", str(path), "--pruning-default", "mine"]
     assert CliRunner().invoke(app, ["serve", "m", *flags]).exit_code == 0
     (arguments,) = calls
-    assert arguments[2] == "mine"
-    assert arguments[4] == MINE
+    assert arguments[1] == EngineOptions(default="mine", presets=MINE)
 
     path.write_text("mine: {visual: {method: x}}")
     result = CliRunner().invoke(app, ["serve", "m", "--pruning-presets", str(path)])

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.errors import PolicyError
-from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape, policies
+from tokenprune.policies import methods
 from tokenprune.request import (
     AXES,
     FLAT_PREFIX,
@@ -17,13 +16,12 @@ from tokenprune.request import (
     Axes,
     flatten,
     has_flat,
-    make_plan,
     parse_flat,
     parse_pruning,
 )
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
-METHODS = sorted(policies("visual"))
+METHODS = sorted(methods("visual"))
 
 
 def visual(**parameters):
@@ -287,13 +285,13 @@ def test_keep_ratio_outside_its_interval_or_of_another_type(method, ratio):
         pytest.param(
             vflowopt(prune_layers=[0, 8]),
             "pruning.visual.prune_layers",
-            r"two layers behind the first, got \[0, 8\]",
+            r"two layers after the first, got \[0, 8\]",
             id="first-layer-twice",
         ),
         pytest.param(
             vflowopt(prune_layers=[8]),
             "pruning.visual.prune_layers",
-            "two layers behind the first",
+            "two layers after the first",
             id="one-later-cut",
         ),
         pytest.param(
@@ -473,81 +471,3 @@ flat_keys = (
 )
 def test_any_extra_args_are_parsed_or_refused(extra_args):
     parsed_or_refused(parse_flat, extra_args)
-
-
-# plans
-
-ENGINE = EngineShape(32, (0, 8, 12, 20), 4096)
-PROMPT = PromptLayout(600, ((5, 581),))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_plan_carries_the_lengths_of_its_axis(method):
-    asked = parse_pruning({"visual": {"method": method, "keep_ratio": 0.25}})
-    plan = make_plan(asked, PROMPT, ENGINE)
-    assert plan.pruning is asked
-    assert not plan.skipped
-    assert plan.visual.kept[-1] == 131 if method == "vflowopt" else 144
-    assert plan.lengths is plan.visual.lengths
-    assert plan.needs_whole_prompt == policies("visual")[method].needs_whole_prompt
-
-
-def test_off_plans_nothing_and_skips_nothing():
-    plan = make_plan(OFF, PROMPT, ENGINE)
-    assert plan.visual is None
-    assert plan.lengths is None
-    assert not plan.skipped
-    assert not plan.needs_whole_prompt
-
-
-@pytest.mark.parametrize(
-    ("prompt", "engine", "reason"),
-    [
-        pytest.param(PromptLayout(600), ENGINE, "no_visual_tokens", id="text-only"),
-        pytest.param(PromptLayout(9, ((0, 9),)), ENGINE, "no_text_after_image", id="image-last"),
-        pytest.param(
-            PROMPT, EngineShape(32, (0, 8), 599), "prompt_exceeds_batch", id="longer-than-a-step"
-        ),
-        pytest.param(
-            PROMPT, EngineShape(32, (0,), 4096, "why"), "model_unsupported", id="unsupported-model"
-        ),
-    ],
-)
-def test_what_cannot_be_pruned_is_skipped_with_its_reason(prompt, engine, reason):
-    plan = make_plan(parse_pruning("balanced"), prompt, engine)
-    assert plan.skipped == {"visual": reason}
-    assert plan.lengths is None
-    assert not plan.needs_whole_prompt
-
-
-def test_a_prompt_whose_log_probs_are_wanted_keeps_all_its_rows():
-    asked = parse_pruning("balanced")
-    assert make_plan(asked, PROMPT, ENGINE, prompt_logprobs=False).lengths is not None
-    plan = make_plan(asked, PROMPT, ENGINE, prompt_logprobs=True)
-    assert plan.skipped == {"visual": "prompt_logprobs"}
-    assert plan.lengths is None
-    assert not make_plan(OFF, PROMPT, ENGINE, prompt_logprobs=True).skipped
-
-
-def test_a_schedule_that_does_not_fit_the_engine_is_refused_not_skipped():
-    asked = parse_pruning(visual(prune_layers=[9]))
-    with pytest.raises(PolicyError, match=r"\[0, 8, 12, 20\]"):
-        make_plan(asked, PROMPT, ENGINE)
-
-
-def test_plans_of_equal_requests_are_equal():
-    plans = [
-        make_plan(parse(value), PROMPT, ENGINE)
-        for parse, value in [
-            (parse_pruning, {"visual": {"method": "random", "keep_ratio": 0.25, "seed": 3}}),
-            (
-                parse_flat,
-                {
-                    "pruning_visual_method": "random",
-                    "pruning_visual_keep_ratio": 0.25,
-                    "pruning_visual_seed": 3,
-                },
-            ),
-        ]
-    ]
-    assert plans[0] == plans[1]

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from tokenprune import __version__
 from tokenprune.errors import ConfigurationError, TokenPruneError
+from tokenprune.policies import check_plugins
 from tokenprune.presets import load_presets
 from tokenprune.request import PRESETS
 
@@ -24,6 +25,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+PruneLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--prune-layers",
+        "--prune_layers",
+        metavar="LAYERS",
+        help="Layers before which requests may drop visual tokens, e.g. 8,12,20; none serves KV "
+        "methods only. Default: three layers chosen from the model's depth. serve and calibrate "
+        "must be given the same.",
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -41,7 +55,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    check_plugins()
 
 
 def _parse_layers(value: str | None) -> list[int] | None:
@@ -69,9 +83,9 @@ def _check_preset(value: str | None) -> str | None:
     return value
 
 
-def _read_presets(path: Path | None) -> dict[str, Any] | None:
+def _read_presets(path: Path | None) -> dict[str, Any]:
     try:
-        return None if path is None else load_presets(path)
+        return {} if path is None else load_presets(path)
     except ConfigurationError as error:
         raise typer.BadParameter(str(error), param_hint="--pruning-presets") from None
 
@@ -94,16 +108,7 @@ def _builtin_model() -> DefaultModel:
 )
 def serve(
     context: typer.Context,
-    prune_layers: Annotated[
-        str | None,
-        typer.Option(
-            "--prune-layers",
-            "--prune_layers",
-            metavar="LAYERS",
-            help="Layers before which requests may drop visual tokens, e.g. 8,12,20; none "
-            "serves KV methods only. Default: three layers chosen from the model's depth.",
-        ),
-    ] = None,
+    prune_layers: PruneLayers = None,
     pruning_default: Annotated[
         str | None,
         typer.Option(
@@ -141,9 +146,11 @@ def serve(
     presets = _read_presets(pruning_presets)
     preset = _check_preset(pruning_default)
 
+    from tokenprune.engine.launch import EngineOptions
     from tokenprune.engine.launch import serve as run
 
-    run(context.args, layers, preset, _builtin_model, presets, allow_channel_pruning)
+    options = EngineOptions(layers, preset, presets, allow_channel_pruning)
+    run(context.args, options, _builtin_model)
 
 
 @app.command(
@@ -193,15 +200,7 @@ def calibrate(
         int, typer.Option("--trials", min=1, help="Points to try, the default included.")
     ] = 50,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draw and the search.")] = 0,
-    prune_layers: Annotated[
-        str | None,
-        typer.Option(
-            "--prune-layers",
-            "--prune_layers",
-            metavar="LAYERS",
-            help="As in tokenprune serve, which must be given the same.",
-        ),
-    ] = None,
+    prune_layers: PruneLayers = None,
 ) -> None:
     """Find vflowopt's parameters for MODEL: the hidden states of pruned prompts stay the closest.
 
@@ -219,10 +218,10 @@ def calibrate(
     from tokenprune.calibration.run import calibrate as run
 
     def open_probe(asked: list[tuple[list[Any], str]]) -> EngineProbe:
-        from tokenprune.engine.launch import start_offline
+        from tokenprune.engine.launch import EngineOptions, start_offline
 
-        llm = start_offline(context.args, layers, _builtin_model)
-        from tokenprune.engine.last_hidden import LastHiddenProbe
+        llm = start_offline(context.args, EngineOptions(layers), _builtin_model)
+        from tokenprune.engine.offline_probe import LastHiddenProbe
 
         return LastHiddenProbe(llm, asked)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class PromptLayout:
 
     @property
     def num_text_after(self) -> int:
-        """Number of text tokens behind the last visual token."""
+        """Number of text tokens after the last visual token."""
         return self.num_tokens - self.visual_spans[-1][1] if self.visual_spans else 0
 
     def visual_positions(self) -> list[int]:
@@ -43,14 +44,67 @@ class PromptLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class DroppedPositions:
+    """Prompt tokens that a stage never holds, known before prefill.
+
+    Attributes:
+        positions: Their prompt positions, ascending.
+    """
+
+    positions: tuple[int, ...] = ()
+
+    def before(self, num_computed: int) -> int:
+        """Return how many of the first `num_computed` tokens are dropped."""
+        return bisect_left(self.positions, num_computed)
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedOfImages:
+    """Tokens of images that a stage never holds; which ones is known before the decoder runs.
+
+    Only counts are known in integers, so `before` holds wherever no image is cut in two.
+
+    Attributes:
+        images: `(start, end, kept)` of each image, ascending: its half-open range of positions,
+            and how many of its tokens stay.
+    """
+
+    images: tuple[tuple[int, int, int], ...]
+
+    def before(self, num_computed: int) -> int:
+        """Return how many of the first `num_computed` tokens are dropped."""
+        return sum(end - start - kept for start, end, kept in self.images if end <= num_computed)
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedAfterPrompt:
+    """Prompt tokens that a stage gives up once the prompt is complete, in one step.
+
+    Attributes:
+        count: How many.
+        num_prompt_tokens: Prompt length.
+    """
+
+    count: int
+    num_prompt_tokens: int
+
+    def before(self, num_computed: int) -> int:
+        """Return how many of the first `num_computed` tokens are dropped."""
+        return self.count if num_computed >= self.num_prompt_tokens else 0
+
+
+Dropped = DroppedPositions | DroppedOfImages | DroppedAfterPrompt
+
+
+@dataclass(frozen=True, slots=True)
 class Eviction:
     """How KV slots are given up while a request lives, in counts.
 
-    Behind `sink` tokens the tokens of a stage form partitions of `lag`, counted in the order in
-    which they entered its cache. A partition is cut down to `keep` tokens once `lag` further
-    tokens are behind it, and is never touched again. So the newest `lag` to `2 * lag - 1` tokens
-    are always whole, and the number of partitions cut down follows from the number of tokens
-    alone, whether they came from a prompt in one piece, in chunks, or one by one.
+    After `sink` tokens the tokens of a stage form partitions of `lag`, counted in the order in
+    which they were written. A partition is cut down to `keep` tokens once `lag` further tokens
+    follow it, and is never touched again. So the newest `lag` to `2 * lag - 1` tokens are always
+    whole, and the number of partitions cut down follows from the number of tokens alone, whether
+    they came from a prompt in one piece, in chunks, or one by one.
 
     Attributes:
         sink: First tokens, never evicted.
@@ -65,7 +119,7 @@ class Eviction:
     after_prompt: bool
 
     @property
-    def least(self) -> int:
+    def first_cut_at(self) -> int:
         """Tokens with which the first partition is cut down."""
         return self.sink + 2 * self.lag
 
@@ -100,44 +154,49 @@ class PhysicalLengths:
 
     Attributes:
         num_prompt_tokens: Prompt length.
-        dropped: Per stage either the ascending prompt positions that the stage never holds
-            (known before prefill), or their count. A count means the choice needs the whole
-            prompt in one step, so it takes effect once the prompt is complete.
+        dropped: Per stage the prompt tokens that it never holds, or gives up at the prompt's end.
         eviction: What happens to the tokens a stage does hold, or None.
         packing: How those it keeps for good are packed, or None.
     """
 
     num_prompt_tokens: int
-    dropped: tuple[tuple[int, ...] | int, ...]
+    dropped: tuple[Dropped, ...]
     eviction: Eviction | None = None
     packing: Packing | None = None
 
+    @classmethod
+    def unpruned(cls, num_prompt_tokens: int, num_stages: int) -> Self:
+        """Return the lengths of a request that holds every token at every stage."""
+        return cls(num_prompt_tokens, (DroppedPositions(),) * num_stages)
+
     @property
-    def shrinks(self) -> bool:
+    def num_stages(self) -> int:
+        """Stages of the engine."""
+        return len(self.dropped)
+
+    @property
+    def frees_blocks(self) -> bool:
         """Whether blocks may be emptied while the request lives."""
         return self.eviction is not None or self.packing is not None
 
-    def entered(self, num_computed: int, stage: int) -> int:
+    def written(self, num_computed: int, stage: int) -> int:
         """Return the slots written at `stage` for `num_computed` tokens, evicted ones included."""
-        dropped = self.dropped[stage]
-        if isinstance(dropped, int):
-            return num_computed - (dropped if num_computed >= self.num_prompt_tokens else 0)
-        return num_computed - bisect_left(dropped, num_computed)
+        return num_computed - self.dropped[stage].before(num_computed)
 
     def partitions_cut(self, num_computed: int, stage: int) -> int:
         """Return how many partitions of `stage` are cut down after `num_computed` tokens."""
         eviction = self.eviction
         if eviction is None or (eviction.after_prompt and num_computed < self.num_prompt_tokens):
             return 0
-        return max(0, (self.entered(num_computed, stage) - eviction.sink) // eviction.lag - 1)
+        return max(0, (self.written(num_computed, stage) - eviction.sink) // eviction.lag - 1)
 
-    def held(self, num_computed: int, stage: int) -> int:
+    def tokens_held(self, num_computed: int, stage: int) -> int:
         """Return the tokens held at `stage` once `num_computed` tokens are computed."""
-        entered = self.entered(num_computed, stage)
+        written = self.written(num_computed, stage)
         if self.eviction is None:
-            return entered
+            return written
         evicted = self.eviction.lag - self.eviction.keep[stage]
-        return entered - self.partitions_cut(num_computed, stage) * evicted
+        return written - self.partitions_cut(num_computed, stage) * evicted
 
     def packed_blocks(self, num_computed: int, stage: int) -> int:
         """Return the packed blocks of `stage` once `num_computed` tokens are computed."""
@@ -145,14 +204,14 @@ class PhysicalLengths:
         if packing is None or num_computed < self.num_prompt_tokens:
             return 0
         until = num_computed if packing.generated else self.num_prompt_tokens
-        return self._settled(until, stage, packing.recent) // packing.tokens
+        return self._packable(until, stage, packing.recent) // packing.tokens
 
-    def _settled(self, num_computed: int, stage: int, recent: int) -> int:
-        """Return the oldest tokens that are never evicted and have `recent` ones behind them."""
+    def _packable(self, num_computed: int, stage: int, recent: int) -> int:
+        """Return the oldest tokens that are never evicted and have `recent` ones after them."""
         eviction = self.eviction
         if eviction is None:
-            return max(0, self.held(num_computed, stage) - recent)
-        # the last `lag` tokens are behind the partitions cut down; where that is less than
+            return max(0, self.tokens_held(num_computed, stage) - recent)
+        # the last `lag` tokens follow the partitions cut down; where that is less than
         # `recent`, so many of those partitions must wait
         keep = eviction.keep[stage]
         waiting = -(-max(0, recent - eviction.lag) // keep)
@@ -168,44 +227,49 @@ class PhysicalLengths:
 
     def physical(self, num_computed: int, stage: int) -> int:
         """Return the slots held at `stage` once `num_computed` tokens are computed."""
-        return self.held(num_computed, stage) - self.saved_by_packing(num_computed, stage)
+        held = self.tokens_held(num_computed, stage)
+        return held - self.saved_by_packing(num_computed, stage)
 
-    def peak(self, num_computed: int, num_after: int, stage: int) -> int:
-        """Return the slots of the step from `num_computed` to `num_after` tokens.
+    def peak(self, before: int, after: int, stage: int) -> int:
+        """Return the slots of the step from `before` to `after` computed tokens.
 
         The step's tokens are appended and attended to before anything is evicted or packed.
         """
-        grown = self.entered(num_after, stage) - self.entered(num_computed, stage)
-        return self.physical(num_computed, stage) + grown
+        grown = self.written(after, stage) - self.written(before, stage)
+        return self.physical(before, stage) + grown
 
-    def highest_peak(self, num_after: int, max_step: int, stage: int) -> int:
-        """Return a bound of the peaks on the way to `num_after` in steps of `max_step` at most."""
-        entered = self.entered(num_after, stage)
+    def peak_bound(self, after: int, max_step: int, stage: int) -> int:
+        """Return a bound of the peaks on the way to `after` in steps of `max_step` at most."""
+        written = self.written(after, stage)
         eviction, packing = self.eviction, self.packing
-        if eviction is None and packing is not None and num_after > self.num_prompt_tokens:
-            prompt = self.entered(self.num_prompt_tokens + max_step, stage)
+        if eviction is None and packing is not None and after > self.num_prompt_tokens:
+            prompt = self.written(self.num_prompt_tokens + max_step, stage)
             # a block is packed once its last token is there, so the row may just have shrunk
-            unpacked = self.physical(num_after, stage) + packing.tokens - packing.block
-            return min(entered, max(prompt, unpacked + max_step))
-        if eviction is None or (eviction.after_prompt and num_after <= self.num_prompt_tokens):
-            return entered
+            unpacked = self.physical(after, stage) + packing.tokens - packing.block
+            return min(written, max(prompt, unpacked + max_step))
+        if eviction is None or (eviction.after_prompt and after <= self.num_prompt_tokens):
+            return written
         keep = eviction.keep[stage]
-        cut = self.partitions_cut(num_after, stage)
+        cut = self.partitions_cut(after, stage)
         settled = eviction.sink + cut * keep + 2 * eviction.lag - 1
         if eviction.after_prompt:
-            # the whole prompt is held once; steps behind it start from what was settled
-            prompt = self.entered(self.num_prompt_tokens + max_step, stage)
-            return min(entered, max(prompt, settled + max_step))
-        return min(entered, settled + max_step)
+            # the whole prompt is held once; steps after it start from what was settled
+            prompt = self.written(self.num_prompt_tokens + max_step, stage)
+            return min(written, max(prompt, settled + max_step))
+        return min(written, settled + max_step)
 
     def all_stages(self, num_computed: int) -> tuple[int, ...]:
         """Return the slots held at every stage once `num_computed` tokens are computed."""
-        return tuple(self.physical(num_computed, s) for s in range(len(self.dropped)))
+        return tuple(self.physical(num_computed, s) for s in range(self.num_stages))
 
-    def all_peaks(self, num_computed: int, num_after: int) -> tuple[int, ...]:
+    def all_peaks(self, before: int, after: int) -> tuple[int, ...]:
         """Return the slots of a step at every stage."""
-        return tuple(self.peak(num_computed, num_after, s) for s in range(len(self.dropped)))
+        return tuple(self.peak(before, after, s) for s in range(self.num_stages))
 
-    def all_entered(self, num_computed: int) -> tuple[int, ...]:
+    def all_written(self, num_computed: int) -> tuple[int, ...]:
         """Return the slots written at every stage for `num_computed` tokens."""
-        return tuple(self.entered(num_computed, s) for s in range(len(self.dropped)))
+        return tuple(self.written(num_computed, s) for s in range(self.num_stages))
+
+    def all_packed_blocks(self, num_computed: int) -> tuple[int, ...]:
+        """Return the packed blocks of every stage once `num_computed` tokens are computed."""
+        return tuple(self.packed_blocks(num_computed, s) for s in range(self.num_stages))

@@ -1,4 +1,4 @@
-"""The `pruning` field of a request: parsing, presets, flat keys, and the plan that follows.
+"""The `pruning` field of a request: parsing, presets, and flat keys.
 
 A request says what it wants in one of three forms, all equal:
 
@@ -11,33 +11,19 @@ A request says what it wants in one of three forms, all equal:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tokenprune.errors import PolicyError
-from tokenprune.lengths import PhysicalLengths, PromptLayout
-from tokenprune.policies import (
-    ChannelPlan,
-    ChannelPolicy,
-    EngineShape,
-    KVPlan,
-    KVPolicy,
-    PlanSkipped,
-    Policy,
-    VisualPlan,
-    VisualPolicy,
-    policies,
-)
+from tokenprune.policies import AXES, Axis, Policy, methods
 
-AXES: tuple[Literal["visual", "kv", "channels"], ...] = ("visual", "kv", "channels")
 FLAT_PREFIX = "pruning_"
 FLAT_PRESET = "pruning"
 
 
-def _axis_union(axis: Literal["visual", "kv", "channels"]) -> Any:
-    members = tuple(policies(axis).values())
+def _axis_union(axis: Axis) -> Any:
+    members = tuple(methods(axis).values())
     union = Union[members] if len(members) > 1 else members[0]  # noqa: UP007 (built at run time)
     return Annotated[union, Field(discriminator="method")] if len(members) > 1 else union
 
@@ -65,7 +51,7 @@ Pruning: type[Axes] = create_model(  # type: ignore[call-overload]
     **{
         axis: (_axis_union(axis) | None, Field(default=None, description=f"How to prune {axis}."))
         for axis in AXES
-        if policies(axis)
+        if methods(axis)
     },
 )
 PRESETS: dict[str, dict[str, Any]] = {
@@ -187,13 +173,22 @@ def parse_flat(extra_args: Mapping[str, Any] | None) -> Axes:
         raise PolicyError(str(error).replace(error.param, flat_key), flat_key) from None
 
 
+def asked(extra_args: Mapping[str, Any] | None, default: Axes) -> tuple[Axes, bool]:
+    """Return what a request's `extra_args` ask for, else `default`; and whether they say anything.
+
+    Raises:
+        PolicyError: A key is unknown or a value out of range.
+    """
+    return (parse_flat(extra_args), True) if has_flat(extra_args) else (default, False)
+
+
 def _policy_error(error: ValidationError, value: Mapping[str, Any]) -> PolicyError:
     first = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
     axis = location[0] if location else ""
     asked = value.get(axis)
-    # pydantic names the union member behind the axis; users never wrote it
-    if len(location) > 1 and location[1] in policies(axis):
+    # pydantic names the union member after the axis; users never wrote it
+    if len(location) > 1 and location[1] in methods(axis):
         location.pop(1)
     param = ".".join(["pruning", *location])
     got = first.get("input")
@@ -205,12 +200,12 @@ def _policy_error(error: ValidationError, value: Mapping[str, Any]) -> PolicyErr
         message = f"{param} is unknown; known keys: {', '.join(sorted(known))}"
     elif kind == "union_tag_invalid":
         param += ".method"
-        message = f"{param} must be one of {', '.join(policies(axis))}, got {context['tag']}"
+        message = f"{param} must be one of {', '.join(methods(axis))}, got {context['tag']}"
     elif kind == "union_tag_not_found":
         param += ".method"
-        message = f"{param} must be given; known: {', '.join(policies(axis))}"
+        message = f"{param} must be given; known: {', '.join(methods(axis))}"
     elif kind in ("model_attributes_type", "model_type"):
-        message = f"{param} must be an object with method {' | '.join(policies(axis))}, got {got!r}"
+        message = f"{param} must be an object with method {' | '.join(methods(axis))}, got {got!r}"
     elif kind == "too_short":
         message = f"{param} must have at least {context['min_length']} value, got {got!r}"
     elif kind == "value_error":
@@ -239,90 +234,5 @@ def _interval(axis: str, asked: object, location: list[str]) -> str | None:
 
 def _asked_policy(axis: str, asked: Mapping[str, Any]) -> type[Policy]:
     """Return the policy named by `method`, or the first where the axis needs no name."""
-    known = policies(axis)
+    known = methods(axis)
     return known.get(str(asked.get("method")), next(iter(known.values())))
-
-
-@dataclass(frozen=True, slots=True)
-class RequestPlan:
-    """What happens to one request: the same in every process.
-
-    Attributes:
-        pruning: What was asked for.
-        visual: The plan of the visual axis, or None.
-        kv: The plan of the KV axis, or None.
-        channels: The plan of the channel axis, or None.
-        skipped: Reason per axis that was asked for and is not applied.
-    """
-
-    pruning: Axes
-    visual: VisualPlan | None = None
-    kv: KVPlan | None = None
-    channels: ChannelPlan | None = None
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def lengths(self) -> PhysicalLengths | None:
-        """Physical lengths, or None when nothing is pruned."""
-        if self.channels is not None:
-            return self.channels.lengths
-        if self.kv is not None:
-            return self.kv.lengths
-        return self.visual.lengths if self.visual is not None else None
-
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """True when the prompt must be prefilled in one step."""
-        visual = self.visual
-        return visual is not None and visual.ranks is None and not visual.images
-
-
-def make_plan(
-    pruning: Axes,
-    prompt: PromptLayout,
-    engine: EngineShape,
-    *,
-    prompt_logprobs: bool = False,
-    max_tokens: int | None = None,
-) -> RequestPlan:
-    """Plan one request.
-
-    Args:
-        pruning: What it asked for.
-        prompt: Where its visual tokens are.
-        engine: What serves it.
-        prompt_logprobs: Whether it also wants log-probs of the prompt; rows dropped on the way
-            have none, so its visual tokens are all kept.
-        max_tokens: Tokens that may be generated; None for as many as the engine allows.
-
-    Raises:
-        PolicyError: What was asked for does not fit the engine.
-    """
-    visual: VisualPlan | None = None
-    kv: KVPlan | None = None
-    channels: ChannelPlan | None = None
-    skipped: dict[str, str] = {}
-    policy = pruning.policy("visual")
-    if isinstance(policy, VisualPolicy):
-        try:
-            if prompt_logprobs:
-                raise PlanSkipped("prompt_logprobs")
-            visual = policy.plan(prompt, engine)
-        except PlanSkipped as reason:
-            skipped["visual"] = reason.reason
-    policy = pruning.policy("kv")
-    if isinstance(policy, KVPolicy):
-        held = visual.lengths if visual is not None else None
-        try:
-            kv = policy.plan(prompt, engine, held, max_tokens)
-        except PlanSkipped as reason:
-            skipped["kv"] = reason.reason
-    channel_policy = pruning.policy("channels")
-    if isinstance(channel_policy, ChannelPolicy):
-        before = RequestPlan(pruning, visual, kv)
-        evicting = policy if kv is not None and isinstance(policy, KVPolicy) else None
-        try:
-            channels = channel_policy.plan(prompt, engine, before.lengths, max_tokens, evicting)
-        except PlanSkipped as reason:
-            skipped["channels"] = reason.reason
-    return RequestPlan(pruning, visual, kv, channels, skipped)

@@ -54,7 +54,7 @@ class Watch:
         from vllm.config.compilation import CUDAGraphMode
 
         from tokenprune.engine.model_state import StagedModelState
-        from tokenprune.policies.transprune import TransPrune
+        from tokenprune.policies.visual.transprune import TransPrune
 
         self.addresses, self.replays, self.chosen = {}, 0, []
         prepare, select = StagedModelState.prepare_attn, TransPrune.select

@@ -16,7 +16,7 @@ from bench.quality_report import Row, csv_text, read_csv, verdict, with_pools
 from bench.quality_store import model_hash
 from bench.quality_tasks import AXES, Levels
 from tokenprune.errors import TokenPruneError
-from tokenprune.policies import policies
+from tokenprune.policies import methods
 
 RIGHT = {
     **{"off": 496, "random": 301, "uniform": 333, "transprune": 477},
@@ -30,7 +30,7 @@ def make_rows(axis: str) -> list[Row]:
         rows.append(Row(name, axis, "off", 1.0, 500, RIGHT["off"], 144.0, 144.0, 20, 20, 20))
         rows += [
             Row(name, axis, method, ratio, 500, RIGHT[method], 144.0, 70.97, 20, 20, 19)
-            for method in policies(axis)
+            for method in methods(axis)
             if method in RIGHT
             for ratio in (0.5, 0.25, 0.125)
         ]

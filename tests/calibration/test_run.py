@@ -14,10 +14,10 @@ from tokenprune.calibration.objective import Objective, cosine
 from tokenprune.calibration.run import Options, calibrate
 from tokenprune.cli import app
 from tokenprune.errors import ConfigurationError
-from tokenprune.policies import EngineShape
-from tokenprune.policies.vflowopt import VFlowOpt
+from tokenprune.policies.visual.vflowopt import VFlowOpt
 from tokenprune.presets import load_presets
 from tokenprune.request import PRESETS, parse_pruning
+from tokenprune.shape import EngineShape
 
 ENGINE = EngineShape(8, (0, 2, 3, 5), 4096)
 GRID = 12

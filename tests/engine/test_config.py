@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.engine import compat
-from tokenprune.engine.config import (
+from tokenprune.engine.boundaries import (
     MAX_KV_GROUPS,
     check_boundaries,
-    check_supported,
     default_boundaries,
-    engine_shape,
     num_kv_groups,
 )
-from tokenprune.engine.config import settings as read_settings
+from tokenprune.engine.settings import settings as read_settings
+from tokenprune.engine.shape import engine_shape
+from tokenprune.engine.startup import check_supported
 from tokenprune.errors import ConfigurationError, PolicyError, VersionError
-from tokenprune.policies import EngineShape
 from tokenprune.request import OFF, parse_pruning
+from tokenprune.shape import EngineShape
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -194,7 +194,6 @@ def config(**changes):
             ),
             "is_multimodal_model": True,
             "max_model_len": 8192,
-            "uses_mrope": False,
             "get_sliding_window": lambda: None,
             "is_mm_prefix_lm": False,
             "use_mla": False,
@@ -206,6 +205,7 @@ def config(**changes):
         },
         "scheduler_config": {
             "max_num_batched_tokens": 4096,
+            "max_num_scheduled_tokens": None,
             "long_prefill_token_threshold": 0,
             "disable_hybrid_kv_cache_manager": False,
         },
@@ -286,6 +286,7 @@ def test_boundaries_asked_for_replace_the_default():
         engine_shape(config(**asked(prune_layers=[2])))
 
 
+@pytest.mark.parametrize("name", ["long_prefill_token_threshold", "max_num_scheduled_tokens"])
 @pytest.mark.parametrize(
     ("threshold", "limit"),
     [
@@ -294,8 +295,8 @@ def test_boundaries_asked_for_replace_the_default():
         pytest.param(9000, 4096, id="longer"),
     ],
 )
-def test_a_step_holds_no_more_of_a_prompt_than_the_long_prefill_threshold(threshold, limit):
-    shape = engine_shape(config(scheduler_config={"long_prefill_token_threshold": threshold}))
+def test_a_step_holds_no_more_of_a_prompt_than_its_budget(name, threshold, limit):
+    shape = engine_shape(config(scheduler_config={name: threshold or None}))
     assert shape.max_num_batched_tokens == limit
 
 
@@ -303,7 +304,6 @@ def test_a_step_holds_no_more_of_a_prompt_than_the_long_prefill_threshold(thresh
     ("change", "reason"),
     [
         pytest.param({"is_multimodal_model": False}, "takes no images", id="text-model"),
-        pytest.param({"uses_mrope": True}, "M-RoPE", id="m-rope"),
         pytest.param({"architecture": "Other"}, "not among LlavaFor", id="architecture"),
         pytest.param(
             {"hf_text_config": SimpleNamespace(num_hidden_layers=32, model_type="gemma")},
@@ -316,20 +316,22 @@ def test_a_step_holds_no_more_of_a_prompt_than_the_long_prefill_threshold(thresh
 )
 def test_models_whose_visual_tokens_cannot_be_pruned_are_served_in_one_stage(change, reason):
     shape = engine_shape(config(model_config=change))
-    assert reason in shape.unsupported
+    assert reason in shape.unsupported["visual"]
     assert shape.boundaries == (0,)
 
 
 def test_lora_leaves_visual_tokens_alone():
     shape = engine_shape(config(lora_config=object()))
-    assert "LoRA" in shape.unsupported
+    assert "LoRA" in shape.unsupported["visual"]
     assert shape.boundaries == (0,)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        pytest.param({"model_config": {"uses_mrope": True}}, "M-RoPE", id="cannot-prune-at-all"),
+        pytest.param(
+            {"model_config": {"is_multimodal_model": False}}, "no images", id="cannot-prune-at-all"
+        ),
         pytest.param(
             {"model_config": {"hf_config": tower("pixtral", "full")}},
             "'pixtral' is not among clip_vision_model, siglip_vision_model",
@@ -371,12 +373,12 @@ def test_lora_leaves_visual_tokens_alone():
     ],
 )
 def test_towers_that_cannot_be_scored_say_why(changes, reason):
-    assert reason in engine_shape(config(**changes)).importance_unsupported
+    assert reason in engine_shape(config(**changes)).unsupported["importance"]
 
 
 def test_siglip_towers_are_scored():
     change = {"hf_config": tower("siglip_vision_model", "full")}
-    assert engine_shape(config(model_config=change)).importance_unsupported is None
+    assert "importance" not in engine_shape(config(model_config=change)).unsupported
 
 
 def text(**changes):
@@ -401,25 +403,25 @@ def text(**changes):
     ],
 )
 def test_engines_that_cannot_evict_say_why(changes, reason):
-    assert reason in engine_shape(config(**changes)).kv_unsupported
+    assert reason in engine_shape(config(**changes)).unsupported["kv"]
 
 
 def test_channels_are_pruned_where_that_was_allowed_and_tokens_can_be_moved():
     allowed = engine_shape(config(**asked(allow_channel_pruning=True)))
-    assert allowed.allow_channels
-    assert allowed.channels_unsupported is None
+    assert allowed.allow_channel_pruning
+    assert "channels" not in allowed.unsupported
     assert (allowed.head_size, allowed.block_size) == (128, 16)
-    assert not engine_shape(config()).allow_channels
+    assert not engine_shape(config()).allow_channel_pruning
     windowed = engine_shape(config(model_config={"get_sliding_window": lambda: 512}))
-    assert windowed.channels_unsupported == windowed.kv_unsupported
+    assert windowed.unsupported["channels"] == windowed.unsupported["kv"]
 
 
 def test_channels_need_a_cache_of_the_queries_dtype():
     shape = engine_shape(config(cache_config={"cache_dtype": "float16"}))
-    assert "queries are torch.bfloat16" in shape.channels_unsupported
-    assert shape.kv_unsupported is None
+    assert "queries are torch.bfloat16" in shape.unsupported["channels"]
+    assert "kv" not in shape.unsupported
     same = engine_shape(config(cache_config={"cache_dtype": "bfloat16"}))
-    assert same.channels_unsupported is None
+    assert "channels" not in same.unsupported
 
 
 @pytest.mark.parametrize("value", [1, "yes", None])
@@ -432,7 +434,7 @@ def test_allow_channel_pruning_is_true_or_false(value):
     "changes",
     [
         pytest.param({"model_config": {"is_multimodal_model": False}}, id="text-model"),
-        pytest.param({"model_config": {"uses_mrope": True}}, id="m-rope"),
+        pytest.param({"model_config": {"architecture": "Other"}}, id="unknown-architecture"),
         pytest.param({"lora_config": object()}, id="lora"),
         pytest.param({"cache_config": {"cache_dtype": "bfloat16"}}, id="bfloat16-cache"),
         pytest.param(text(layer_types=["full_attention"] * 32), id="full-attention"),
@@ -440,7 +442,7 @@ def test_allow_channel_pruning_is_true_or_false(value):
     ],
 )
 def test_engines_that_cannot_prune_images_can_still_evict(changes):
-    assert engine_shape(config(**changes)).kv_unsupported is None
+    assert "kv" not in engine_shape(config(**changes)).unsupported
 
 
 @pytest.mark.parametrize("decoder", ["llama", "mistral", "qwen2", "qwen3"])
@@ -448,7 +450,7 @@ def test_engines_that_cannot_prune_images_can_still_evict(changes):
 def test_supported_models(kind, decoder):
     text = SimpleNamespace(num_hidden_layers=28, model_type=decoder)
     change = {"architecture": f"{kind}ForConditionalGeneration", "hf_text_config": text}
-    assert engine_shape(config(model_config=change)).unsupported is None
+    assert engine_shape(config(model_config=change)).unsupported == {}
 
 
 def test_a_plain_engine_is_supported():

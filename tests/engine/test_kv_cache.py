@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.lengths import Eviction, Packing, PhysicalLengths
-from tokenprune.policies import ChannelPlan, EngineShape, KVPlan, VisualPlan
-from tokenprune.request import OFF, RequestPlan
+from tests.plans import lengths_of, plan_of
+from tokenprune.lengths import Eviction, Packing
+from tokenprune.shape import EngineShape
 
 pytest.importorskip("vllm", reason="needs vLLM")
 from vllm.sampling_params import SamplingParams
@@ -183,8 +183,7 @@ class Side:
 
 
 def plan(num_tokens, *dropped):
-    lengths = PhysicalLengths(num_tokens, dropped)
-    return RequestPlan(OFF, visual=VisualPlan((), (), None, lengths))
+    return plan_of(lengths_of(num_tokens, dropped))
 
 
 def request(request_id, num_tokens):
@@ -260,8 +259,8 @@ def test_a_manager_starts_without_plans_and_shares_none():
 
 
 def test_blocks_of_a_step_are_those_of_its_peak_and_come_back_before_the_next():
-    lengths = PhysicalLengths(40, (0, 0), Eviction(2, 8, (2, 2), after_prompt=True))
-    evicting = RequestPlan(OFF, kv=KVPlan((2, 2), lengths))
+    lengths = lengths_of(40, ((), ()), Eviction(2, 8, (2, 2), after_prompt=True))
+    evicting = plan_of(lengths, visual=False)
     side = Side(StagedManager, staged(1), plans={"r": evicting})
     computed = {"r": 0}
     side.manager.num_computed = computed.__getitem__
@@ -269,7 +268,7 @@ def test_blocks_of_a_step_are_those_of_its_peak_and_come_back_before_the_next():
     arguments = ((), 0, 0, 40)
     for step in (32, 8, *[1] * 30):
         after = computed["r"] + step
-        side.manager.free_evicted("r", computed["r"])
+        side.manager.free_emptied("r", computed["r"])
         held = math.ceil(lengths.physical(computed["r"], 1) / BLOCK)
         assert len(side.held("r")) == held
         assert side.grow("r", after) is not None
@@ -289,8 +288,8 @@ def test_blocks_of_a_step_are_those_of_its_peak_and_come_back_before_the_next():
 @pytest.mark.parametrize("evicts", [False, True])
 def test_blocks_that_tokens_are_packed_out_of_come_back_before_the_next_step(evicts):
     eviction = Eviction(2, 8, (4, 4), after_prompt=True) if evicts else None
-    lengths = PhysicalLengths(40, (0, 0), eviction, Packing(BLOCK, BLOCK + 2, 3, True))
-    packing = RequestPlan(OFF, channels=ChannelPlan(1, 1, lengths))
+    lengths = lengths_of(40, ((), ()), eviction, Packing(BLOCK, BLOCK + 2, 3, True))
+    packing = plan_of(lengths, visual=False)
     side = Side(StagedManager, staged(1), plans={"r": packing})
     computed = {"r": 0}
     side.manager.num_computed = computed.__getitem__
@@ -298,7 +297,7 @@ def test_blocks_that_tokens_are_packed_out_of_come_back_before_the_next_step(evi
     highest = 0
     for step in (32, 8, *[1] * 50):
         after = computed["r"] + step
-        side.manager.free_evicted("r", computed["r"])
+        side.manager.free_emptied("r", computed["r"])
         held = math.ceil(lengths.physical(computed["r"], 1) / BLOCK)
         assert len(side.held("r")) == held
         assert side.grow("r", after) is not None
@@ -332,7 +331,8 @@ def shape_of(**flags):
 def test_every_process_reads_from_the_specs_what_the_worker_can_do(specs, kv, channels):
     shape = shape_of_cache(EngineShape(2, (0,), 9, head_size=8, block_size=99), specs)
     assert shape.block_size == BLOCK
-    for found, expected in ((shape.kv_unsupported, kv), (shape.channels_unsupported, channels)):
+    found_channels = shape.unsupported.get("channels")
+    for found, expected in ((shape.unsupported.get("kv"), kv), (found_channels, channels)):
         assert found is None if expected is None else expected in found
 
 

@@ -5,30 +5,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.plans import is_counted, lengths_of, plan_of
 from tokenprune.engine.step import (
     PrunedRequest,
-    due,
-    due_packing,
+    eviction_due,
     known_rows,
+    packing_due,
     stage_rows,
     window_rows,
 )
-from tokenprune.lengths import Eviction, Packing, PhysicalLengths, PromptLayout
-from tokenprune.policies import ChannelPlan, KVPlan, VisualPlan
-from tokenprune.request import OFF, RequestPlan, parse_pruning
+from tokenprune.lengths import Eviction, Packing, PromptLayout
+from tokenprune.policies.channels.think import Think
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def pruned(num_tokens, *dropped):
     """A request whose plan drops `dropped` (positions or a count) at each stage."""
-    lengths = PhysicalLengths(num_tokens, dropped)
-    plan = RequestPlan(OFF, visual=VisualPlan((), (), None, lengths))
+    plan = plan_of(lengths_of(num_tokens, dropped))
     return PrunedRequest("r", PromptLayout(num_tokens), plan)
 
 
 def rows_of(requests, computed, scheduled):
-    num_stages = next(len(r.plan.lengths.dropped) for r in requests if r is not None)
+    num_stages = next(r.lengths.num_stages for r in requests if r is not None)
     as_array = [np.array(x, dtype=np.int32) for x in (computed, scheduled)]
     return stage_rows(requests, *as_array, num_stages)
 
@@ -89,8 +88,8 @@ def test_dtypes_are_those_of_vllm_buffers():
 
 
 def test_decode_lies_behind_by_what_the_prompt_dropped():
-    assert KNOWN.dropped_once_complete() == (0, 4, 5)
-    assert COUNTED.dropped_once_complete() == (0, 4, 5)
+    assert KNOWN.index_offset(8) == (0, 4, 5)
+    assert COUNTED.index_offset(8) == (0, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def test_decode_lies_behind_by_what_the_prompt_dropped():
     ],
 )
 def test_known_rows_of_a_chunk(computed, scheduled, expected):
-    rows = known_rows(KNOWN, computed, scheduled)
+    rows = known_rows(KNOWN.plan.visual, computed, scheduled)
     assert [r.tolist() for r in rows] == [list(e) for e in expected]
 
 
@@ -142,7 +141,7 @@ def test_rows_follow_the_physical_lengths(batch):
         for i, request in enumerate(requests):
             before, after = computed[i], computed[i] + scheduled[i]
             if request is not None:
-                before, after = (request.physical(n)[stage] for n in (before, after))
+                before, after = (request.lengths.physical(n, stage) for n in (before, after))
             mine = range(rows.starts[i], rows.starts[i + 1])
             assert [int(indices[r]) for r in mine if r not in idle] == list(range(before, after))
             assert sum(r in idle for r in mine) == (1 if before == after else 0)
@@ -170,16 +169,16 @@ def test_known_rows_are_the_counted_rows_and_each_stage_is_part_of_the_one_befor
     requests, computed, scheduled = batch
     stages = stage_rows(requests, np.array(computed), np.array(scheduled), 3)
     for i, request in enumerate(requests):
-        if request is None or isinstance(request.plan.lengths.dropped[0], int):
+        if request is None or is_counted(request.lengths):
             continue
         before = set(range(scheduled[i]))
-        for stage, rows in enumerate(known_rows(request, computed[i], scheduled[i])):
+        for stage, rows in enumerate(known_rows(request.plan.visual, computed[i], scheduled[i])):
             offsets = rows.tolist()
             assert len(offsets) == stages[stage].counts[i]
             assert offsets == sorted(set(offsets))
             assert set(offsets) <= before
             before = set(offsets)
-            dropped = request.plan.lengths.dropped[stage]
+            dropped = request.lengths.dropped[stage].positions
             kept = [r for r in range(scheduled[i]) if computed[i] + r not in dropped]
             assert offsets == (kept or offsets[:1])
 
@@ -192,9 +191,7 @@ def evicting(draw):
     lag = draw(st.integers(1, 6))
     keep = (draw(st.integers(1, lag)), draw(st.integers(1, lag)))
     eviction = Eviction(draw(st.integers(0, 3)), lag, keep, draw(st.booleans()))
-    lengths = PhysicalLengths(num_tokens, ((), dropped), eviction)
-    visual = VisualPlan((), (), None, lengths) if dropped else None
-    plan = RequestPlan(OFF, visual=visual, kv=KVPlan(keep, lengths))
+    plan = plan_of(lengths_of(num_tokens, ((), dropped), eviction), visual=bool(dropped))
     chunks = draw(st.lists(st.integers(1, 15), min_size=1, max_size=8))
     return PrunedRequest("r", PromptLayout(num_tokens), plan), chunks
 
@@ -205,23 +202,24 @@ def test_a_step_appends_behind_what_is_held_and_then_gives_up_what_is_due(case):
     request, chunks = case
     computed = 0
     for chunk in chunks:
-        held, peak = request.physical(computed), request.peak(computed, computed + chunk)
+        lengths = request.lengths
+        held, peak = lengths.all_stages(computed), lengths.all_peaks(computed, computed + chunk)
         stages = stage_rows([request], np.array([computed]), np.array([chunk]), 2)
         for stage, rows in enumerate(stages):
             written = rows.cache_indices()[: 0 if len(rows.idle) else None].tolist()
             assert written == list(range(held[stage], peak[stage]))
             assert rows.seq_lens[0] == max(1, peak[stage])
-            work = due(request, computed, computed + chunk, stage)
-            left = request.physical(computed + chunk)[stage]
+            work = eviction_due(lengths, computed, computed + chunk, stage)
+            left = lengths.physical(computed + chunk, stage)
             assert peak[stage] - (work.evicted if work else 0) == left
             if work:
                 # what is cut down lies behind the sink and before the newest tokens
-                assert work.begin >= request.plan.lengths.eviction.sink
+                assert work.begin >= lengths.eviction.sink
                 assert work.begin + (work.count + 1) * work.lag <= work.end == peak[stage]
         if not request.drops_rows(computed):
             # all stages have the same rows, and only the cache index lies behind
-            behind = request.behind(computed)
-            assert [computed - b for b in behind] == list(held)
+            offsets = request.index_offset(computed)
+            assert [computed - o for o in offsets] == list(held)
         computed += chunk
 
 
@@ -239,16 +237,9 @@ def packing(draw):
     pack = Packing(
         block, block + draw(st.integers(1, 4)), draw(st.integers(0, 9)), draw(st.booleans())
     )
-    lengths = PhysicalLengths(num_tokens, ((), dropped), eviction, pack)
-    pruning = parse_pruning(
-        {"channels": {"method": "think", "window": draw(st.integers(1, 9)), "keep_ratio": 0.5}}
-    )
-    plan = RequestPlan(
-        pruning,
-        visual=VisualPlan((), (), None, lengths) if dropped else None,
-        kv=None if eviction is None else KVPlan(eviction.keep, lengths),
-        channels=ChannelPlan(1, 1, lengths),
-    )
+    lengths = lengths_of(num_tokens, ((), dropped), eviction, pack)
+    think = Think(window=draw(st.integers(1, 9)), keep_ratio=0.5)
+    plan = plan_of(lengths, visual=bool(dropped), channels=think)
     chunks = draw(st.lists(st.integers(1, 15), min_size=1, max_size=8))
     return PrunedRequest("r", PromptLayout(num_tokens), plan), chunks
 
@@ -266,7 +257,7 @@ def evicted(rows, work, saved):
 @given(packing())
 def test_a_row_of_tokens_goes_through_steps_as_counted(case):
     request, chunks = case
-    lengths = request.plan.lengths
+    lengths = request.lengths
     rows = [[], []]  # positions held, oldest first
     packed = [0, 0]
     computed = 0
@@ -275,27 +266,27 @@ def test_a_row_of_tokens_goes_through_steps_as_counted(case):
         stages = stage_rows([request], np.array([computed]), np.array([chunk]), 2)
         for stage, counted in enumerate(stages):
             saved = packed[stage] * (lengths.packing.tokens - lengths.packing.block)
-            gone = set(lengths.dropped[stage])
+            gone = set(lengths.dropped[stage].positions)
             entering = [p for p in range(computed, after) if p not in gone]
             written = counted.cache_indices()[: 0 if len(counted.idle) else None].tolist()
             assert written == [len(rows[stage]) - saved + j for j in range(len(entering))]
             rows[stage] += entering
             if packed[stage]:
                 assert counted.seq_lens[0] == counted.counts[0]
-            if lengths.eviction and (work := due(request, computed, after, stage)):
+            if lengths.eviction and (work := eviction_due(lengths, computed, after, stage)):
                 oldest = packed[stage] * lengths.packing.tokens
                 # partitions are counted among tokens, and cache indices lie behind those
                 eviction = lengths.eviction
                 assert work.begin + saved == eviction.sink + work.first * eviction.keep[stage]
                 assert work.begin + saved >= oldest, "a packed token is never evicted"
                 rows[stage] = evicted(rows[stage], work, saved)
-            if work := due_packing(request, computed, after, stage):
+            if work := packing_due(lengths, computed, after, stage):
                 assert work.first == packed[stage]
                 assert work.end == len(rows[stage]) - saved
                 packed[stage] += work.count
             assert packed[stage] == lengths.packed_blocks(after, stage)
             saved = packed[stage] * (lengths.packing.tokens - lengths.packing.block)
-            assert len(rows[stage]) - saved == request.physical(after)[stage]
+            assert len(rows[stage]) - saved == lengths.physical(after, stage)
         computed = after
 
 
@@ -307,25 +298,24 @@ def test_the_windows_of_a_prompts_chunks_are_its_last_rows(case):
     computed, seen = 0, [[], []]
     for chunk in (*chunks, prompt):
         for stage in range(2):
-            gone = set(request.plan.lengths.dropped[stage])
+            gone = set(request.lengths.dropped[stage].positions)
             entering = [p for p in range(computed, computed + chunk) if p not in gone]
             rows = window_rows(request, computed, computed + chunk, stage)
             seen[stage] += [entering[r] for r in rows]
         computed += chunk
-    window = request.plan.pruning.policy("channels").window
+    window = request.plan.query_window
     for stage in range(2):
-        gone = set(request.plan.lengths.dropped[stage])
+        gone = set(request.lengths.dropped[stage].positions)
         assert seen[stage] == [p for p in range(prompt) if p not in gone][-window:]
 
 
 def test_what_frees_blocks_is_named_after_all_of_its_methods():
-    pruning = parse_pruning({"kv": {"method": "lagkv"}, "channels": {"method": "think"}})
-    lengths = PhysicalLengths(9, ((),), Eviction(0, 1, (1,), True), Packing(1, 2, 0, True))
-    kv, channels = KVPlan((1,), lengths), ChannelPlan(1, 1, lengths)
+    eviction, packing = Eviction(0, 1, (1,), True), Packing(1, 2, 0, True)
 
-    def name(**plans):
-        return PrunedRequest("r", PromptLayout(9), RequestPlan(pruning, **plans)).freeing_method
+    def name(*parts):
+        plan = plan_of(lengths_of(9, ((),), *parts), visual=False)
+        return PrunedRequest("r", PromptLayout(9), plan).freeing_method
 
-    assert name(kv=kv, channels=channels) == "lagkv+think"
-    assert name(kv=kv) == "lagkv"
-    assert name(channels=channels) == "think"
+    assert name(eviction, packing) == "lagkv+think"
+    assert name(eviction) == "lagkv"
+    assert name(None, packing) == "think"

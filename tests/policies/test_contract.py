@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -10,23 +11,32 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tokenprune.errors import PolicyError
-from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape, PlanSkipped, policies
-from tokenprune.policies.base import register_policy
-from tokenprune.policies.visual_schedule import ScheduledPolicy
-from tokenprune.request import AXES
+from tokenprune.lengths import PhysicalLengths, PromptLayout
+from tokenprune.policies import (
+    AXES,
+    ImagePolicy,
+    PerImage,
+    PlanSkipped,
+    PromptPolicy,
+    RankPolicy,
+    ScheduledPolicy,
+    VisualPolicy,
+    methods,
+    register_policy,
+)
+from tokenprune.shape import EngineShape
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 EVERY = [
     pytest.param(cls, id=f"{axis}-{method}")
     for axis in AXES
-    for method, cls in policies(axis).items()
+    for method, cls in methods(axis).items()
 ]
-VISUAL = [pytest.param(cls, id=method) for method, cls in policies("visual").items()]
+VISUAL = [pytest.param(cls, id=method) for method, cls in methods("visual").items()]
 SCHEDULED = [p for p in VISUAL if issubclass(p.values[0], ScheduledPolicy)]
-WHOLE = [p for p in VISUAL if p.values[0].needs_whole_prompt]
-IMAGES = [p for p in VISUAL if p.values[0].chooses_per_image]
-KNOWN = [p for p in VISUAL if p not in (*WHOLE, *IMAGES)]
+WHOLE = [p for p in VISUAL if issubclass(p.values[0], PromptPolicy)]
+IMAGES = [p for p in VISUAL if issubclass(p.values[0], ImagePolicy)]
+KNOWN = [p for p in VISUAL if issubclass(p.values[0], RankPolicy)]
 
 ENGINE = EngineShape(num_layers=32, boundaries=(0, 8, 12, 20), max_num_batched_tokens=4096)
 # text, an image of 576 tokens, text
@@ -44,13 +54,31 @@ def test_every_kind_of_visual_policy_is_covered():
 @pytest.mark.parametrize("cls", EVERY)
 def test_the_registered_class_is_the_one_of_its_module(cls):
     assert cls is getattr(sys.modules[cls.__module__], cls.__qualname__)
-    assert policies(cls.axis)[cls().method] is cls
+    assert methods(cls.axis)[cls().method] is cls
 
 
 @pytest.mark.parametrize("cls", EVERY)
 def test_a_method_cannot_be_registered_twice(cls):
     with pytest.raises(ValueError, match="already registered"):
         register_policy(cls)
+
+
+def test_a_class_that_leaves_out_what_its_base_asks_for_cannot_be_registered():
+    class Half(VisualPolicy):
+        method: Literal["half"] = "half"
+
+    with pytest.raises(TypeError, match="policy Half must define count, cuts"):
+        register_policy(Half)
+    assert "half" not in methods("visual")
+
+
+def test_a_class_without_a_method_field_cannot_be_registered():
+    class Nameless(ScheduledPolicy, RankPolicy):
+        def keep_ranks(self, num_visual, keep):
+            return list(range(keep))
+
+    with pytest.raises(TypeError, match="policy Nameless must have a field method"):
+        register_policy(Nameless)
 
 
 @pytest.mark.parametrize("cls", EVERY)
@@ -118,7 +146,7 @@ def test_a_plan_is_the_same_each_time_and_never_grows(cls, case):
     assert layers == sorted(set(layers))
     assert set(layers) <= set(engine.boundaries)
     # each part that is chosen from by itself keeps the floor of its share, at least one
-    spans = layout.visual_spans if plan.images else [(0, layout.num_visual)]
+    spans = layout.visual_spans if isinstance(plan, PerImage) else [(0, layout.num_visual)]
     for boundary, kept in zip(engine.boundaries, plan.kept, strict=True):
         in_force = [r for layer, r in plan.cuts if layer <= boundary]
         share = in_force[-1] if in_force else 1
@@ -134,15 +162,18 @@ def test_the_last_cut_of_a_schedule_is_exact(cls, case):
     assert plan.kept[-1] == max(1, int(layout.num_visual * parameters["keep_ratio"]))
 
 
+def lengths_of(plan, prompt):
+    return PhysicalLengths(prompt.num_tokens, plan.dropped)
+
+
 @pytest.mark.parametrize("cls", VISUAL)
 @PROPERTY
 @given(case=cases())
 def test_lengths_follow_from_the_counts(cls, case):
     parameters, layers, layout, engine = case
     plan = cut_at(cls, parameters, layers).plan(layout, engine)
-    complete = plan.lengths.all_stages(layout.num_tokens)
+    complete = lengths_of(plan, layout).all_stages(layout.num_tokens)
     assert complete == tuple(layout.num_tokens - layout.num_visual + k for k in plan.kept)
-    assert plan.lengths.num_prompt_tokens == layout.num_tokens
 
 
 @pytest.mark.parametrize("cls", KNOWN)
@@ -153,12 +184,12 @@ def test_ranks_are_nested_and_only_visual_positions_are_dropped(cls, case):
     plan = cut_at(cls, parameters, layers).plan(layout, engine)
     positions = layout.visual_positions()
     outer = set(range(layout.num_visual))
-    for kept, ranks, dropped in zip(plan.kept, plan.ranks, plan.lengths.dropped, strict=True):
+    for kept, ranks, dropped in zip(plan.kept, plan.ranks, plan.dropped, strict=True):
         assert list(ranks) == sorted(set(ranks))
         assert len(ranks) == kept
         assert set(ranks) <= outer
         outer = set(ranks)
-        assert list(dropped) == sorted(set(positions) - {positions[r] for r in ranks})
+        assert list(dropped.positions) == sorted(set(positions) - {positions[r] for r in ranks})
 
 
 @pytest.mark.parametrize("cls", KNOWN)
@@ -180,13 +211,13 @@ def test_kept_ranks_ascend_without_repeats_in_range(cls, num_visual, keep):
 def test_a_choice_per_image_counts_each_image_and_holds_between_images(cls, case):
     parameters, _, layout, engine = case
     plan = cls(**parameters).plan(layout, engine)
-    assert plan.ranks is None
+    lengths = lengths_of(plan, layout)
     assert tuple((i.start, i.end) for i in plan.images) == layout.visual_spans
     for n in range(layout.num_tokens + 1):
         end = plan.chunk_end(n)
         inside = [i for i in plan.images if i.start < n < i.end]
         assert end == (inside[0].start if inside else n)
-        for stage, held in enumerate(plan.lengths.all_stages(end)):
+        for stage, held in enumerate(lengths.all_stages(end)):
             gone = sum(i.end - i.start - i.kept[stage] for i in plan.images if i.end <= end)
             assert held == end - gone
 
@@ -203,16 +234,15 @@ def test_an_image_fits_one_step_or_is_skipped(cls):
 @pytest.mark.parametrize("cls", IMAGES)
 def test_a_tower_that_cannot_be_read_is_skipped_with_a_reason(cls):
     with pytest.raises(PlanSkipped, match="importance_unsupported"):
-        cls().plan(*without(importance_unsupported="why"))
+        cls().plan(*without(unsupported={"importance": "why"}))
 
 
 @pytest.mark.parametrize("cls", WHOLE)
 def test_a_choice_by_tensors_is_counted_not_named(cls):
     plan = cls(keep_ratio=0.25).plan(PROMPT, ENGINE)
-    assert plan.ranks is None
-    assert plan.lengths.dropped == tuple(576 - k for k in plan.kept)
+    assert [d.count for d in plan.dropped] == [576 - k for k in plan.kept]
     # its counts hold only for the whole prompt, and the schedule says so before that
-    assert plan.lengths.all_stages(599) == (599,) * 4
+    assert lengths_of(plan, PROMPT).all_stages(599) == (599,) * 4
 
 
 @pytest.mark.parametrize("cls", VISUAL)
@@ -220,7 +250,7 @@ def test_keep_ratio_one_keeps_everything(cls):
     plan = cls(keep_ratio=1).plan(PROMPT, ENGINE)
     assert plan.kept == (576,) * 4
     for n in (0, 100, 600, 700):
-        assert plan.lengths.all_stages(n) == (n,) * 4
+        assert lengths_of(plan, PROMPT).all_stages(n) == (n,) * 4
 
 
 @pytest.mark.parametrize("cls", SCHEDULED)
@@ -261,9 +291,11 @@ def without(prompt=PROMPT, **changes):
     ("case", "reason"),
     [
         pytest.param(without(PromptLayout(600)), "no_visual_tokens", id="text-only"),
-        pytest.param(without(unsupported="why"), "model_unsupported", id="unsupported"),
+        pytest.param(without(unsupported={"visual": "why"}), "model_unsupported", id="unsupported"),
         pytest.param(
-            without(unsupported="why", boundaries=(0,)), "model_unsupported", id="and-no-boundaries"
+            without(unsupported={"visual": "why"}, boundaries=(0,)),
+            "model_unsupported",
+            id="and-no-boundaries",
         ),
         pytest.param(
             without(PromptLayout(600, ((5, 600),))), "no_text_after_image", id="image-last"
@@ -273,11 +305,11 @@ def without(prompt=PROMPT, **changes):
 def test_nothing_to_prune_is_skipped_with_a_reason(cls, case, reason):
     with pytest.raises(PlanSkipped) as skipped:
         cls().plan(*case)
-    assert skipped.value.reason == reason
+    assert skipped.value.skipped.reason == reason
 
 
 @pytest.mark.parametrize("cls", SCHEDULED)
-def test_one_text_token_behind_the_image_is_enough(cls):
+def test_one_text_token_after_the_image_is_enough(cls):
     assert cls(keep_ratio=0.5).plan(PromptLayout(582, ((5, 581),)), ENGINE).kept[-1] == 288
 
 
@@ -310,12 +342,13 @@ def test_an_engine_without_boundaries_is_refused_with_the_flag(cls):
 PLAN_EVERYTHING = """
 import sys
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape, policies
+from tokenprune.policies import methods
+from tokenprune.shape import EngineShape
 engine = EngineShape(
-    32, (0, 8, 12, 20), 4096, allow_channels=True, head_size=128, block_size=16
+    32, (0, 8, 12, 20), 4096, allow_channel_pruning=True, head_size=128, block_size=16
 )
 for axis in ("visual", "kv", "channels"):
-    for cls in policies(axis).values():
+    for cls in methods(axis).values():
         cls().plan(PromptLayout(600, ((5, 581),)), engine)
         print(cls.__name__)
 heavy = {"torch", "vllm", "triton"} & set(sys.modules)

@@ -8,9 +8,8 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape
-from tokenprune.request import make_plan, parse_pruning
-from tokenprune.server.flops import ModelShape
+from tokenprune.plan import make_plan
+from tokenprune.request import parse_pruning
 from tokenprune.server.metrics import (
     ENGINE_FIGURES,
     EngineFigures,
@@ -20,6 +19,7 @@ from tokenprune.server.metrics import (
 )
 from tokenprune.server.scrape import MetricsPage
 from tokenprune.server.usage import PromptRecord, RequestRecord
+from tokenprune.shape import EngineShape, ModelShape
 
 ENGINE = EngineShape(num_layers=8, boundaries=(0, 2, 3), max_num_batched_tokens=2048)
 MODEL = ModelShape(hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_size=16)

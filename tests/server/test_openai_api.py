@@ -237,7 +237,7 @@ def test_the_policies_page_matches_the_engine(server: Server) -> None:
         "visual_unsupported": None,
         "importance_unsupported": None,
         "kv_unsupported": None,
-        "channels_allowed": True,
+        "allow_channel_pruning": True,
         "channels_unsupported": None,
         "head_size": 32,
         "block_size": 32,

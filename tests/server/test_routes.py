@@ -20,11 +20,10 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 from vllm.sampling_params import SamplingParams
 
-from tokenprune.policies import EngineShape
 from tokenprune.request import Axes, parse_pruning
-from tokenprune.server.flops import ModelShape
+from tokenprune.server.admission import PlanningClient
 from tokenprune.server.routes import Service
-from tokenprune.server.tap import EngineTap
+from tokenprune.shape import EngineShape, ModelShape
 
 ENGINE = EngineShape(num_layers=8, boundaries=(0, 2, 3), max_num_batched_tokens=100)
 MODEL = ModelShape(hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_size=16)
@@ -111,10 +110,10 @@ class Server:
         attach_endpoint_plugins(app, ("generate",))
         init_exception_handler(app)
         self.engine = FakeEngine()
-        self.serving = FakeServing(EngineTap(self.engine, engine, default))
+        self.serving = FakeServing(PlanningClient(self.engine, engine, default))
         app.state.args = Namespace(log_error_stack=False, sse_keep_alive_interval=0)
         app.state.openai_serving_chat = app.state.openai_serving_completion = self.serving
-        app.state.tokenprune = Service(engine, MODEL, default, kv_bytes_per_token_layer=100)
+        app.state.tokenprune = Service(engine, MODEL, default)
         self.app = app
         self.client = TestClient(app, raise_server_exceptions=False)
 
@@ -307,7 +306,7 @@ def test_what_cannot_be_had_is_a_400_that_names_the_key(
 
 
 def test_a_model_that_cannot_be_pruned_says_why(start: Start) -> None:
-    server = start(EngineShape(8, (0,), 100, unsupported="it uses M-RoPE positions"))
+    server = start(EngineShape(8, (0,), 100, unsupported={"visual": "it uses M-RoPE positions"}))
     error = server.chat(pruning="balanced").json()["error"]
     assert error["param"] == "pruning.visual"
     assert "M-RoPE" in error["message"]
@@ -319,7 +318,9 @@ def test_a_model_that_cannot_be_pruned_says_why(start: Start) -> None:
 def test_a_vision_tower_that_cannot_be_scored_says_why_and_serves_other_methods(
     start: Start,
 ) -> None:
-    server = start(EngineShape(8, (0, 2), 100, importance_unsupported="the tower is 'pixtral'"))
+    server = start(
+        EngineShape(8, (0, 2), 100, unsupported={"importance": "the tower is 'pixtral'"})
+    )
     error = server.chat(pruning={"visual": {"method": "vflowopt"}}).json()["error"]
     assert error["param"] == "pruning.visual.method"
     assert error["message"].startswith("pruning.visual.method must be another than vflowopt")
@@ -329,7 +330,7 @@ def test_a_vision_tower_that_cannot_be_scored_says_why_and_serves_other_methods(
 
 
 def test_a_server_that_cannot_evict_says_why(start: Start) -> None:
-    server = start(EngineShape(8, (0,), 100, kv_unsupported="the KV cache is quantised (fp8)"))
+    server = start(EngineShape(8, (0,), 100, unsupported={"kv": "the KV cache is quantised (fp8)"}))
     server.serving.prompts = [TEXT]
     error = server.chat(pruning={"kv": {"method": "lagkv"}}).json()["error"]
     assert error["param"] == "pruning.kv"
@@ -345,7 +346,9 @@ LONG_TEXT = prompt(600)
     [
         pytest.param(EngineShape(8, (0,), 100), "--allow-channel-pruning", id="not-allowed"),
         pytest.param(
-            EngineShape(8, (0,), 100, allow_channels=True, channels_unsupported="it has sinks"),
+            EngineShape(
+                8, (0,), 100, allow_channel_pruning=True, unsupported={"channels": "it has sinks"}
+            ),
             "it has sinks",
             id="unsupported",
         ),
@@ -362,7 +365,7 @@ def test_a_server_that_cannot_prune_channels_says_why(
 
 
 def test_channels_kept_are_in_the_header_and_what_they_save_in_usage(start: Start) -> None:
-    shape = EngineShape(8, (0,), 100, allow_channels=True, head_size=64, block_size=16)
+    shape = EngineShape(8, (0,), 100, allow_channel_pruning=True, head_size=64, block_size=16)
     server = start(shape)
     server.serving.prompts = [LONG_TEXT]
     response = server.chat(pruning=THINK)
@@ -379,7 +382,7 @@ def test_a_prompt_too_short_for_the_window_is_served_whole_and_counted(start: St
         return REGISTRY.get_sample_value("tokenprune_fallback_total", labels) or 0.0
 
     before = fallbacks()
-    shape = EngineShape(8, (0,), 100, allow_channels=True, head_size=64, block_size=16)
+    shape = EngineShape(8, (0,), 100, allow_channel_pruning=True, head_size=64, block_size=16)
     server = start(shape)
     server.serving.prompts = [TEXT]
     block = server.chat(pruning=THINK).json()["usage"]["pruning"]
@@ -443,7 +446,7 @@ def test_off_turns_the_default_off(start: Start) -> None:
     [
         pytest.param(ENGINE, LONG, {}, "prompt_exceeds_batch", id="long"),
         pytest.param(
-            EngineShape(8, (0, 2), 100, unsupported="M-RoPE"),
+            EngineShape(8, (0, 2), 100, unsupported={"visual": "M-RoPE"}),
             PHOTO,
             {},
             "model_unsupported",

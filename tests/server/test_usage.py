@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape
-from tokenprune.request import make_plan, parse_pruning
+from tokenprune.plan import make_plan
+from tokenprune.request import parse_pruning
 from tokenprune.server.usage import (
     PromptRecord,
     RequestRecord,
@@ -17,9 +17,12 @@ from tokenprune.server.usage import (
     header_value,
     usage_block,
 )
+from tokenprune.shape import EngineShape, ModelShape
 
 # 8 layers in stages of 2, 1, 5
 ENGINE = EngineShape(num_layers=8, boundaries=(0, 2, 3), max_num_batched_tokens=2048)
+# 100 bytes of one token in one layer
+MODEL = ModelShape(0, 0, 1, num_kv_heads=1, head_size=50, kv_element_bytes=1)
 PHOTO = PromptLayout(num_tokens=50, visual_spans=((4, 44),))
 TEXT = PromptLayout(num_tokens=20)
 
@@ -36,7 +39,7 @@ HALVES = {"visual": {"method": "uniform", "prune_layers": [2, 3], "keep_ratios":
 
 
 def test_a_pruned_request_reports_what_each_stage_holds() -> None:
-    block = usage_block(record_of(HALVES, (PHOTO, [6])), ENGINE, 100)
+    block = usage_block(record_of(HALVES, (PHOTO, [6])), ENGINE, MODEL)
     # 55 tokens computed; stages of 2, 1, 5 layers hold 55, 35, 25
     assert block == {
         "applied": {"visual": "uniform", "kv": None, "channels": None},
@@ -51,7 +54,7 @@ def test_a_pruned_request_reports_what_each_stage_holds() -> None:
 
 
 def test_choices_and_prompts_add_up() -> None:
-    block = usage_block(record_of(HALVES, (PHOTO, [6, 1]), (TEXT, [3])), ENGINE, 100)
+    block = usage_block(record_of(HALVES, (PHOTO, [6, 1]), (TEXT, [3])), ENGINE, MODEL)
     assert block["visual_tokens"] == 40
     assert block["visual_tokens_kept"] == [40, 20, 10]
     assert block["kv_tokens_logical"] == 55 + 50 + 22
@@ -62,7 +65,7 @@ def test_choices_and_prompts_add_up() -> None:
 
 def test_keeping_everything_saves_nothing() -> None:
     block = usage_block(
-        record_of({"visual": {"method": "uniform", "keep_ratio": 1}}, (PHOTO, [6])), ENGINE, 100
+        record_of({"visual": {"method": "uniform", "keep_ratio": 1}}, (PHOTO, [6])), ENGINE, MODEL
     )
     assert block["visual_tokens_kept"] == [40, 40, 40]
     assert block["kv_tokens_physical"] == block["kv_tokens_logical"] == 55
@@ -72,7 +75,7 @@ def test_keeping_everything_saves_nothing() -> None:
 def test_evicted_tokens_are_held_no_more_but_were_computed() -> None:
     kv = {"method": "lagkv", "sink": 2, "lag": 8, "keep_ratio": 0.25}
     record = record_of({"kv": kv}, (PHOTO, [6]))
-    block = usage_block(record, ENGINE, 100)
+    block = usage_block(record, ENGINE, MODEL)
     # 55 tokens computed; (55 - 2) // 8 - 1 partitions give up 6 tokens each
     assert block["applied"] == {"visual": None, "kv": "lagkv", "channels": None}
     assert block["visual_tokens_kept"] == [40, 40, 40]
@@ -91,7 +94,7 @@ def test_the_header_names_a_budget_where_one_was_given() -> None:
 
 def test_a_bypassed_request_only_gives_the_reason() -> None:
     record = RequestRecord(parse_pruning("balanced"), bypass="beam_search")
-    assert usage_block(record, ENGINE, 100) == {
+    assert usage_block(record, ENGINE, MODEL) == {
         "applied": {"visual": None, "kv": None, "channels": None},
         "skipped": {"visual": "beam_search"},
     }

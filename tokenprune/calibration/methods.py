@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenprune.calibration.space import SearchSpace
 from tokenprune.errors import ConfigurationError
-from tokenprune.policies import EngineShape
-from tokenprune.policies.vflowopt import VFlowOpt
+from tokenprune.policies.visual.vflowopt import VFlowOpt
+from tokenprune.shape import EngineShape
 
 # the ranges of the released code are for crops of 27 x 27 patches (SigLIP with 384 pixels)
 _PATCH_GRID = 27

@@ -20,7 +20,7 @@ from tokenprune.request import OFF, Axes
 
 
 class Answer(Protocol):
-    """What the model made of one prompt: see `tokenprune.engine.last_hidden.LastHidden`."""
+    """What the model made of one prompt: see `tokenprune.engine.offline_probe.LastHidden`."""
 
     @property
     def hidden(self) -> NDArray[np.float32]:

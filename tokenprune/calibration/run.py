@@ -18,9 +18,9 @@ from tokenprune.calibration.samples import Sample, digest, draw_samples, open_al
 from tokenprune.calibration.search import Trial, best_of, check_installed, search
 from tokenprune.calibration.space import SearchSpace
 from tokenprune.errors import ConfigurationError
-from tokenprune.policies import EngineShape
 from tokenprune.presets import dump_presets
 from tokenprune.request import parse_pruning
+from tokenprune.shape import EngineShape
 
 
 class EngineProbe(Probe, Protocol):

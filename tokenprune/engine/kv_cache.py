@@ -18,8 +18,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from tokenprune.policies import EngineShape
-from tokenprune.request import RequestPlan
+from tokenprune.plan import RequestPlan
+from tokenprune.shape import EngineShape, Feature
 
 NO_LAYOUT = "the layout of the KV cache is not known"
 NOT_PLAIN = "attention has sinks of its own or caps its logits"
@@ -85,13 +85,13 @@ class StagedManager(FullAttentionManager):
     def _physical(self, request_id: str, num_tokens: int, *, all_steps: bool = False) -> int:
         """Return the slots needed to get to `num_tokens`, in one step or in all there may be."""
         plan = self.plans.get(request_id)
-        if plan is None or plan.lengths is None:
+        if plan is None:
             return num_tokens
         lengths, stage = plan.lengths, self.kv_cache_spec.stage
-        if not lengths.shrinks:
+        if not lengths.frees_blocks:
             return lengths.physical(num_tokens, stage)
         if all_steps:
-            return lengths.highest_peak(num_tokens, self.max_step, stage)
+            return lengths.peak_bound(num_tokens, self.max_step, stage)
         return lengths.peak(self.num_computed(request_id), num_tokens, stage)
 
     def get_num_blocks_to_allocate(
@@ -110,11 +110,9 @@ class StagedManager(FullAttentionManager):
             request_id, self._physical(request_id, num_tokens), *args, **kwargs
         )
 
-    def free_evicted(self, request_id: str, num_computed: int) -> None:
+    def free_emptied(self, request_id: str, num_computed: int) -> None:
         """Give back the blocks that the last step emptied."""
-        plan = self.plans[request_id]
-        assert plan.lengths is not None
-        held = plan.lengths.physical(num_computed, self.kv_cache_spec.stage)
+        held = self.plans[request_id].lengths.physical(num_computed, self.kv_cache_spec.stage)
         blocks = self.req_to_blocks.get(request_id, [])
         emptied = blocks[-(-held // self.block_size) :]
         if emptied:
@@ -131,11 +129,12 @@ def shape_of_cache(shape: EngineShape, specs: Sequence[KVCacheSpec]) -> EngineSh
     """Return the engine's shape with what its KV cache groups say; the same in every process."""
     # backends may change what the configuration says of blocks before the cache is made
     shape = replace(shape, block_size=specs[0].block_size)
+    lacks: dict[Feature, str] = {}
     if not all(isinstance(spec, StagedAttentionSpec) and spec.evicts for spec in specs):
-        return replace(shape, kv_unsupported=NO_LAYOUT, channels_unsupported=NO_LAYOUT)
-    if not all(spec.packs for spec in specs) and shape.channels_unsupported is None:
-        return replace(shape, channels_unsupported=NOT_PLAIN)
-    return shape
+        lacks = {"kv": NO_LAYOUT, "channels": NO_LAYOUT}
+    elif not all(spec.packs for spec in specs):
+        lacks = {"channels": NOT_PLAIN}
+    return replace(shape, unsupported=lacks | dict(shape.unsupported))
 
 
 def register_specs() -> None:

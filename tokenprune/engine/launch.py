@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from typing import Any
 
 from tokenprune.engine.compat import check_version, vllm_version
-from tokenprune.engine.config import CONFIG_KEY
 from tokenprune.engine.default_model import DefaultModel, names_model
+from tokenprune.engine.settings import CONFIG_KEY
 from tokenprune.errors import ConfigurationError
 
 SCHEDULER_CLS = "tokenprune.engine.scheduler.PruningScheduler"
@@ -27,71 +28,78 @@ _PLUGIN_GROUPS = (
 )
 # vLLM reads an explicit mention of this one as consent to download adapters
 _OPT_IN_PLUGINS = {"lora_hf_hub_resolver"}
-_CLASS_FLAGS = {"--scheduler-cls": "scheduler_cls", "--worker-cls": "worker_cls"}
+_CLASS_FLAGS = {"--scheduler-cls": SCHEDULER_CLS, "--worker-cls": WORKER_CLS}
 _ADDITIONAL = "--additional-config"
 _PROCESSORS = "--logits-processors"
 
 
-def engine_arguments(
-    prune_layers: Sequence[int] | None = None,
-    default: str | None = None,
-    presets: Mapping[str, Any] | None = None,
-    allow_channel_pruning: bool = False,
-) -> dict[str, Any]:
-    """Return keyword arguments that give vLLM's `LLM` or `EngineArgs` the pruning engine.
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How the pruning engine is to be set up.
 
-    Args:
+    Attributes:
         prune_layers: Stage boundaries; None chooses them from the model's depth, and an empty
             sequence serves KV methods only.
-        default: Preset for requests that say nothing about pruning.
+        default: Preset for HTTP requests that say nothing about pruning. Offline, every request
+            says itself what it wants.
         presets: Presets by name beside the built-in ones; see `tokenprune.presets.load_presets`.
         allow_channel_pruning: Let requests prune KV channels.
     """
-    asked = {
-        "prune_layers": None if prune_layers is None else list(prune_layers),
-        "default": default,
-        "presets": presets or None,
-        "allow_channel_pruning": allow_channel_pruning or None,
-    }
-    values = {key: value for key, value in asked.items() if value is not None}
+
+    prune_layers: Sequence[int] | None = None
+    default: str | None = None
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    allow_channel_pruning: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """Return what goes into vLLM's additional configuration; defaults are left out."""
+        asked = {
+            "prune_layers": None if self.prune_layers is None else list(self.prune_layers),
+            "default": self.default,
+            "presets": dict(self.presets) or None,
+            "allow_channel_pruning": self.allow_channel_pruning or None,
+        }
+        return {key: value for key, value in asked.items() if value is not None}
+
+
+def engine_arguments(**options: Any) -> dict[str, Any]:
+    """Return keyword arguments that give vLLM's `LLM` or `EngineArgs` the pruning engine.
+
+    Args:
+        options: Those of `EngineOptions`.
+    """
     return {
         "scheduler_cls": SCHEDULER_CLS,
         "worker_cls": WORKER_CLS,
         "logits_processors": [VALIDATOR],
-        "additional_config": {CONFIG_KEY: values},
+        "additional_config": {CONFIG_KEY: EngineOptions(**options).settings()},
     }
 
 
 def serve(
     arguments: Sequence[str],
-    prune_layers: Sequence[int] | None = None,
-    default: str | None = None,
+    options: EngineOptions,
     default_model: Callable[[], DefaultModel] | None = None,
-    presets: Mapping[str, Any] | None = None,
-    allow_channel_pruning: bool = False,
 ) -> None:
     """Run `vllm serve` in this process with the pruning engine.
 
     Args:
         arguments: All of `vllm serve`'s arguments, which are passed on.
-        prune_layers: As in `engine_arguments`.
-        default: As in `engine_arguments`.
+        options: How the engine is to be set up.
         default_model: Called where the arguments name no model; without it vLLM chooses one.
-        presets: As in `engine_arguments`.
-        allow_channel_pruning: As in `engine_arguments`.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
         VersionError: vLLM is missing or not a tested version.
     """
-    command = vllm_arguments(arguments, prune_layers, default, presets, allow_channel_pruning)
+    command = vllm_arguments(arguments, options)
     sys.argv = ["vllm", "serve", *_prepare(command, arguments, default_model)]
     _run_serve()
 
 
 def start_offline(
     arguments: Sequence[str],
-    prune_layers: Sequence[int] | None = None,
+    options: EngineOptions,
     default_model: Callable[[], DefaultModel] | None = None,
 ) -> Any:
     """Start the pruning engine in this process and return vLLM's `LLM`.
@@ -101,7 +109,7 @@ def start_offline(
 
     Args:
         arguments: Arguments of `vllm serve`; those that concern its HTTP server do nothing.
-        prune_layers: As in `engine_arguments`.
+        options: How the engine is to be set up.
         default_model: As in `serve`.
 
     Raises:
@@ -111,7 +119,7 @@ def start_offline(
     # vLLM reads them when it is imported
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    command = _prepare(vllm_arguments(arguments, prune_layers), arguments, default_model)
+    command = _prepare(vllm_arguments(arguments, options), arguments, default_model)
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -141,23 +149,16 @@ def _prepare(
     return [*default_model().before(arguments, from_file), *command]
 
 
-def vllm_arguments(
-    arguments: Sequence[str],
-    prune_layers: Sequence[int] | None = None,
-    default: str | None = None,
-    presets: Mapping[str, Any] | None = None,
-    allow_channel_pruning: bool = False,
-) -> list[str]:
+def vllm_arguments(arguments: Sequence[str], options: EngineOptions) -> list[str]:
     """Return `arguments` with ours added.
 
     Raises:
         ConfigurationError: The arguments set what only we can set.
     """
-    ours = engine_arguments(prune_layers, default, presets, allow_channel_pruning)
     # vLLM lets the command line replace a file's value, so ours must contain the file's
     file = _config_file(arguments)
     additional = file.get(_ADDITIONAL, {})
-    processors = [*ours["logits_processors"], *file.get(_PROCESSORS, ())]
+    processors = [VALIDATOR, *file.get(_PROCESSORS, ())]
     passed: list[str] = []
     dotted = False
     rest = iter(arguments)
@@ -170,16 +171,16 @@ def vllm_arguments(
             additional = _parse_additional(value if has_value else next(rest, ""))
         elif flag == _PROCESSORS:
             # their values follow the flag, as one word or as several
-            passed += [flag, *ours["logits_processors"], *([value] if has_value else ())]
+            passed += [flag, VALIDATOR, *([value] if has_value else ())]
             processors = []
         else:
             dotted = dotted or flag.startswith(f"{_ADDITIONAL}.")
             passed.append(argument)
     if processors:
         passed += [_PROCESSORS, *processors]
-    for flag, key in _CLASS_FLAGS.items():
-        passed += [flag, ours[key]]
-    values = {**additional.get(CONFIG_KEY, {}), **ours["additional_config"][CONFIG_KEY]}
+    for flag, cls in _CLASS_FLAGS.items():
+        passed += [flag, cls]
+    values = {**additional.get(CONFIG_KEY, {}), **options.settings()}
     if dotted:
         # vLLM gathers all dotted values into one that replaces the plain flag
         return [*passed, f"{_ADDITIONAL}.{CONFIG_KEY}", json.dumps(values)]

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.utils import AttentionGroup
 
-from tokenprune.engine.channels import ChannelPruner
+from tokenprune.engine.kv.channel_packer import ChannelPacker
 from tokenprune.engine.kv_cache import StagedAttentionSpec
 
 # backends whose metadata holds both tables and nothing computed from them
@@ -52,14 +52,14 @@ class StagedModelState(DefaultModelState):
     Attributes:
         step: What the runner computed for the batch at hand, or None when nothing is pruned.
         before_encoder: Called before vLLM encodes the images of a step.
-        channels: Prunes channels, or None where that is not allowed.
+        packer: Prunes channels, or None where that is not allowed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.step: StagedStep | None = None
         self.before_encoder: Callable[[], None] = lambda: None
-        self.channels: ChannelPruner | None = None
+        self.packer: ChannelPacker | None = None
         self._groups: list[list[int]] = [[]]
         self._seq_lens = torch.zeros(0)
 
@@ -97,8 +97,8 @@ class StagedModelState(DefaultModelState):
             batches = step.batches if step else [input_batch] * len(self._groups)
             if full_graph:
                 batches = [self._persistent(s, b) for s, b in enumerate(batches)]
-                if self.channels is not None:
-                    self.channels.persist(input_batch.seq_lens.shape[0])
+                if self.packer is not None:
+                    self.packer.persist(input_batch.seq_lens.shape[0])
             work = list(zip(self._groups, batches, strict=True))
         metadata: dict[str, Any] = {}
         for groups, batch in work:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from tokenprune.engine.config import Settings
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import EngineShape
-from tokenprune.request import RequestPlan, has_flat, make_plan, parse_flat
+from tokenprune.plan import RequestPlan, make_plan
+from tokenprune.request import parse_flat
+from tokenprune.shape import EngineShape
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -35,21 +35,17 @@ def wants_prompt_logprobs(params: SamplingParams) -> bool:
     return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
 
 
-def plan_request(
-    params: SamplingParams,
-    layout: PromptLayout,
-    shape: EngineShape,
-    config: Settings,
-) -> RequestPlan:
-    """Plan one request from its flat keys, or from the server's default where it has none.
+def plan_request(params: SamplingParams, layout: PromptLayout, shape: EngineShape) -> RequestPlan:
+    """Plan one request from its flat keys; without any it is not pruned.
+
+    The server's default is not known here: it reaches the engine as keys, from the one place
+    that reads HTTP requests.
 
     Raises:
         PolicyError: The keys are not legal or do not fit the engine.
     """
-    flat = params.extra_args
-    pruning = parse_flat(flat) if has_flat(flat) else config.default_pruning
     return make_plan(
-        pruning,
+        parse_flat(params.extra_args),
         layout,
         shape,
         prompt_logprobs=wants_prompt_logprobs(params),

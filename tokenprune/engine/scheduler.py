@@ -1,4 +1,4 @@
-"""The scheduler: plans each request, keeps whole-prompt prefills whole, and sends a checksum."""
+"""The scheduler: plans requests, keeps prompts whole, and says which lengths it expects."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
-from tokenprune.engine.config import check_supported, engine_shape, settings
 from tokenprune.engine.kv_cache import StagedManager, shape_of_cache
 from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
+from tokenprune.engine.request_table import EXPECTED_LENGTHS
+from tokenprune.engine.shape import engine_shape
+from tokenprune.engine.startup import check_supported
 from tokenprune.errors import PolicyError
-from tokenprune.request import RequestPlan
+from tokenprune.plan import RequestPlan
 
 logger = logging.getLogger(__name__)
-
-# attribute added to SchedulerOutput: {request id: (tokens computed after the step, physical
-# lengths per stage then, blocks per KV cache group during it)} of the pruned requests in the step
-CHECKSUM = "tokenprune"
 
 
 class PruningScheduler(AsyncScheduler):
@@ -29,7 +27,6 @@ class PruningScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         check_supported(self.vllm_config)
         self._shape = engine_shape(self.vllm_config)
-        self._settings = settings(self.vllm_config)
         self._plans: dict[str, RequestPlan] = {}
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._managers = [m for m in managers if isinstance(m, StagedManager)]
@@ -38,10 +35,11 @@ class PruningScheduler(AsyncScheduler):
             manager.num_computed = self._num_computed
             manager.max_step = self.vllm_config.scheduler_config.max_num_batched_tokens
         self._shape = shape_of_cache(self._shape, [m.kv_cache_spec for m in managers])
-        if self._shape.kv_unsupported is not None:
-            logger.warning("KV tokens will not be evicted: %s", self._shape.kv_unsupported)
-        if self._shape.allow_channels and self._shape.channels_unsupported is not None:
-            logger.warning("KV channels will not be pruned: %s", self._shape.channels_unsupported)
+        unsupported = self._shape.unsupported
+        if "kv" in unsupported:
+            logger.warning("KV tokens will not be evicted: %s", unsupported["kv"])
+        if self._shape.allow_channel_pruning and "channels" in unsupported:
+            logger.warning("KV channels will not be pruned: %s", unsupported["channels"])
 
     def _num_computed(self, request_id: str) -> int:
         return int(self.requests[request_id].num_computed_tokens)
@@ -51,7 +49,7 @@ class PruningScheduler(AsyncScheduler):
         # a session that grows by streaming has no fixed prompt to plan for
         if request.request_id not in self.requests and not request.resumable:
             plan = self._plan(request)
-            if plan is not None and plan.lengths is not None:
+            if plan is not None and plan.is_pruned:
                 self._plans[request.request_id] = plan
                 request.skip_reading_prefix_cache = True
         super().add_request(request)
@@ -62,7 +60,7 @@ class PruningScheduler(AsyncScheduler):
             return None
         layout = prompt_layout(request.num_prompt_tokens, visual_ranges(request.mm_features))
         try:
-            return plan_request(params, layout, self._shape, self._settings)
+            return plan_request(params, layout, self._shape)
         except PolicyError as error:
             # the API refused this already; offline callers can still get here, and an
             # exception would take the engine and every other request down
@@ -103,22 +101,22 @@ class PruningScheduler(AsyncScheduler):
         return result if result[1] >= request.num_prompt_tokens else wait
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Free what the last step evicted, schedule a step, and add the checksum."""
+        """Free what the last step emptied, schedule a step, and say which lengths are expected."""
         for request in self.running:
             plan = self._plans.get(request.request_id)
-            if plan is not None and plan.lengths is not None and plan.lengths.shrinks:
+            if plan is not None and plan.lengths.frees_blocks:
                 for manager in self._managers:
-                    manager.free_evicted(request.request_id, request.num_computed_tokens)
+                    manager.free_emptied(request.request_id, request.num_computed_tokens)
         output = super().schedule(*args, **kwargs)
         if self._plans:
-            checksum = {}
+            expected = {}
             for request_id in output.num_scheduled_tokens:
                 plan = self._plans.get(request_id)
-                if plan is not None and plan.lengths is not None:
+                if plan is not None:
                     computed = self.requests[request_id].num_computed_tokens
                     blocks = tuple(len(m.req_to_blocks[request_id]) for m in self._managers)
-                    checksum[request_id] = (computed, plan.lengths.all_stages(computed), blocks)
-            setattr(output, CHECKSUM, checksum)
+                    expected[request_id] = (computed, plan.lengths.all_stages(computed), blocks)
+            setattr(output, EXPECTED_LENGTHS, expected)
         return output
 
     def _free_blocks(self, request: Request) -> None:

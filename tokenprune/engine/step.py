@@ -8,15 +8,16 @@ are built up front; which rows a data-dependent policy keeps is decided inside i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenprune.lengths import PromptLayout
-from tokenprune.policies import ChannelPolicy
-from tokenprune.request import RequestPlan
+from tokenprune.lengths import PhysicalLengths, PromptLayout
+from tokenprune.plan import RequestPlan
+from tokenprune.policies import KnownRows
 
 IntArray = NDArray[np.int32]
 
@@ -29,52 +30,34 @@ class PrunedRequest:
     layout: PromptLayout
     plan: RequestPlan
 
-    def physical(self, num_computed: int) -> tuple[int, ...]:
-        """Return the physical length of every stage."""
-        assert self.plan.lengths is not None
-        return self.plan.lengths.all_stages(num_computed)
-
-    def peak(self, num_computed: int, num_after: int) -> tuple[int, ...]:
-        """Return the slots of every stage during a step."""
-        assert self.plan.lengths is not None
-        return self.plan.lengths.all_peaks(num_computed, num_after)
-
-    def dropped_once_complete(self) -> tuple[int, ...]:
-        """Return, per stage, how far the cache index lies behind the position in decode."""
-        return self.behind(self.layout.num_tokens)
-
-    def behind(self, num_computed: int) -> tuple[int, ...]:
-        """Return, per stage, how far the cache index lies behind the position in a step."""
-        return tuple(num_computed - p for p in self.physical(num_computed))
-
     @property
-    def shrinks(self) -> bool:
-        """Whether it gives slots up while it runs."""
-        return self.plan.lengths is not None and self.plan.lengths.shrinks
+    def lengths(self) -> PhysicalLengths:
+        """Its physical lengths."""
+        return self.plan.lengths
 
-    @property
-    def kv_method(self) -> str:
-        """The KV method's name."""
-        policy = self.plan.pruning.policy("kv")
-        assert policy is not None
-        return policy.name
+    def index_offset(self, num_computed: int) -> tuple[int, ...]:
+        """Return, per stage, position minus cache index of a step's first token."""
+        return tuple(num_computed - p for p in self.lengths.all_stages(num_computed))
 
     @property
     def freeing_method(self) -> str:
         """What empties blocks while the request runs, e.g. `lagkv` or `lagkv+think`."""
-        plans = {"kv": self.plan.kv, "channels": self.plan.channels}
-        asked = (self.plan.pruning.policy(axis) for axis, plan in plans.items() if plan)
-        return "+".join(policy.name for policy in asked if policy)
-
-    def packed_blocks(self, num_computed: int) -> tuple[int, ...]:
-        """Return the packed blocks of every stage."""
-        lengths = self.plan.lengths
-        assert lengths is not None
-        return tuple(lengths.packed_blocks(num_computed, s) for s in range(len(lengths.dropped)))
+        parts = (self.plan.kv, self.plan.channels)
+        return "+".join(part.policy.name for part in parts if part is not None)
 
     def drops_rows(self, num_computed: int) -> bool:
         """Return whether a step from `num_computed` tokens on has fewer rows in later stages."""
         return self.plan.visual is not None and num_computed < self.layout.num_tokens
+
+    def needs_no_graph(self, before: int, after: int) -> bool:
+        """Return whether the step from `before` to `after` tokens cannot be a CUDA graph."""
+        is_observed = self.plan.query_window > 0 and before < self.layout.num_tokens
+        # a graph has room for one row of a request that attends to packed blocks
+        return is_observed or (self.plan.channels is not None and after > before + 1)
+
+    def ends_prompt(self, before: int, after: int) -> bool:
+        """Return whether the step from `before` to `after` tokens completes the prompt."""
+        return before < self.layout.num_tokens <= after
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +91,54 @@ class StageRows:
         return np.repeat(self.base, self.counts) + within
 
 
+@dataclass(frozen=True, slots=True)
+class PrunedStep:
+    """A step that holds pruned requests.
+
+    Attributes:
+        requests: `[num_reqs]` the pruned requests of the batch, None for the others.
+        indices: `[num_reqs]` their rows in vLLM's tables.
+        before: `[num_reqs]` tokens computed before the step.
+        scheduled: `[num_reqs]` tokens of the step.
+        full_starts: `[num_reqs + 1]` where each request's tokens begin.
+        stages: Rows per stage where later stages have fewer of them; None where all have all.
+    """
+
+    requests: Sequence[PrunedRequest | None]
+    indices: NDArray[Any]
+    before: NDArray[Any]
+    scheduled: NDArray[Any]
+    full_starts: NDArray[Any]
+    stages: Sequence[StageRows] | None = None
+
+    def starts(self, stage: int) -> NDArray[Any]:
+        """Return `[num_reqs + 1]` where each request's rows begin at `stage`."""
+        return self.full_starts if self.stages is None else self.stages[stage].starts
+
+    def pruned(self) -> Iterator[tuple[int, PrunedRequest, int, int]]:
+        """Yield place in the batch, request, and tokens computed before and after the step."""
+        for place, request in enumerate(self.requests):
+            if request is not None:
+                before = int(self.before[place])
+                yield place, request, before, before + int(self.scheduled[place])
+
+
+class StepActor(Protocol):
+    """Something that acts in steps with pruned requests; the runner calls it in this order."""
+
+    def begin_step(self, step: PrunedStep) -> None:
+        """Prepare for the coming forward pass."""
+
+    def after_forward(self, step: PrunedStep) -> None:
+        """Act on the caches once the forward pass is enqueued."""
+
+    def end_step(self) -> None:
+        """Forget the step, whether it succeeded or not."""
+
+
 def stage_rows(
     requests: Sequence[PrunedRequest | None],
-    computed: IntArray,
+    before: IntArray,
     scheduled: IntArray,
     num_stages: int,
 ) -> list[StageRows]:
@@ -118,21 +146,22 @@ def stage_rows(
 
     Args:
         requests: `[num_reqs]` the pruned requests of the batch, None for the others.
-        computed: `[num_reqs]` tokens computed before the step.
+        before: `[num_reqs]` tokens computed before the step.
         scheduled: `[num_reqs]` tokens of the step.
         num_stages: Stages of the engine.
     """
-    before = np.repeat(computed[None], num_stages, axis=0).astype(np.int32)
-    after = before + scheduled.astype(np.int32)
-    packed = np.zeros_like(before)
+    base = np.repeat(before[None], num_stages, axis=0).astype(np.int32)
+    peak = base + scheduled.astype(np.int32)
+    packed = np.zeros_like(base)
     for i, request in enumerate(requests):
         if request is not None:
-            before[:, i] = request.physical(int(computed[i]))
-            after[:, i] = request.peak(int(computed[i]), int(computed[i] + scheduled[i]))
-            packed[:, i] = request.packed_blocks(int(computed[i]))
+            lengths, first = request.lengths, int(before[i])
+            base[:, i] = lengths.all_stages(first)
+            peak[:, i] = lengths.all_peaks(first, first + int(scheduled[i]))
+            packed[:, i] = lengths.all_packed_blocks(first)
     stages = []
     for stage in range(num_stages):
-        counts = after[stage] - before[stage]
+        counts = peak[stage] - base[stage]
         empty = np.flatnonzero(counts == 0)
         counts = np.maximum(counts, 1)
         starts = np.zeros(len(counts) + 1, dtype=np.int32)
@@ -141,34 +170,32 @@ def stage_rows(
             StageRows(
                 counts=counts,
                 starts=starts,
-                base=before[stage],
-                seq_lens=np.where(packed[stage] > 0, counts, np.maximum(after[stage], 1)),
+                base=base[stage],
+                seq_lens=np.where(packed[stage] > 0, counts, np.maximum(peak[stage], 1)),
                 idle=starts[empty],
             )
         )
     return stages
 
 
-def known_rows(request: PrunedRequest, computed: int, scheduled: int) -> list[IntArray]:
-    """Return, per stage, which of a chunk's tokens are kept, for a plan that knows beforehand.
+def known_rows(plan: KnownRows, before: int, scheduled: int) -> list[IntArray]:
+    """Return, per stage, which of a chunk's tokens are kept.
 
     Returns:
         Ascending offsets into the chunk; never empty, see `StageRows.idle`.
     """
-    lengths = request.plan.lengths
-    assert lengths is not None
     rows = []
-    kept = np.arange(computed, computed + scheduled, dtype=np.int32)
-    for dropped in lengths.dropped:
-        assert not isinstance(dropped, int), "the plan does not know its rows"
-        left = kept[~np.isin(kept, np.asarray(dropped, dtype=np.int32), assume_unique=True)]
+    kept = np.arange(before, before + scheduled, dtype=np.int32)
+    for dropped in plan.dropped:
+        gone = np.asarray(dropped.positions, dtype=np.int32)
+        left = kept[~np.isin(kept, gone, assume_unique=True)]
         kept = left if len(left) else kept[-1:]
-        rows.append((kept - computed).astype(np.int32))
+        rows.append((kept - before).astype(np.int32))
     return rows
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class EvictionWork:
     """What one step leaves to evict of one request at one stage, in cache indices.
 
     Attributes:
@@ -193,12 +220,13 @@ class Due:
         return self.count * (self.lag - self.keep)
 
 
-def due(request: PrunedRequest, before: int, after: int, stage: int) -> Due | None:
+def eviction_due(
+    lengths: PhysicalLengths, before: int, after: int, stage: int
+) -> EvictionWork | None:
     """Return what the step from `before` to `after` tokens leaves to evict, or None."""
-    lengths = request.plan.lengths
-    assert lengths is not None
     eviction = lengths.eviction
-    assert eviction is not None
+    if eviction is None:
+        return None
     first = lengths.partitions_cut(before, stage)
     count = lengths.partitions_cut(after, stage) - first
     keep = eviction.keep[stage]
@@ -206,16 +234,16 @@ def due(request: PrunedRequest, before: int, after: int, stage: int) -> Due | No
         return None
     begin = eviction.sink + first * keep - lengths.saved_by_packing(before, stage)
     end = lengths.peak(before, after, stage)
-    return Due(first, count, begin, end, eviction.lag, keep)
+    return EvictionWork(first, count, begin, end, eviction.lag, keep)
 
 
 @dataclass(frozen=True, slots=True)
-class DuePacking:
+class PackingWork:
     """Which tokens of one request at one stage a step leaves to pack, in cache indices.
 
     Attributes:
         first: Packed blocks there already.
-        count: Blocks to pack; the tokens lie behind the packed blocks.
+        count: Blocks to pack; the tokens lie after the packed blocks.
         end: Slots in use, eviction done.
         block: Slots of a block.
         tokens: Tokens of a packed block.
@@ -228,30 +256,31 @@ class DuePacking:
     tokens: int
 
 
-def due_packing(request: PrunedRequest, before: int, after: int, stage: int) -> DuePacking | None:
+def packing_due(
+    lengths: PhysicalLengths, before: int, after: int, stage: int
+) -> PackingWork | None:
     """Return what the step from `before` to `after` tokens leaves to pack, or None."""
-    lengths = request.plan.lengths
-    assert lengths is not None
-    assert lengths.packing is not None
+    packing = lengths.packing
+    if packing is None:
+        return None
     first = lengths.packed_blocks(before, stage)
     count = lengths.packed_blocks(after, stage) - first
     if count == 0:
         return None
-    end = lengths.held(after, stage) - lengths.saved_by_packing(before, stage)
-    return DuePacking(first, count, end, lengths.packing.block, lengths.packing.tokens)
+    end = lengths.tokens_held(after, stage) - lengths.saved_by_packing(before, stage)
+    return PackingWork(first, count, end, packing.block, packing.tokens)
 
 
 def window_rows(request: PrunedRequest, before: int, after: int, stage: int) -> range:
     """Return which rows of a step, counted from the request's first, end the prompt at `stage`.
 
-    The window is the last rows of the prompt that reach the stage; a step may hold part of it.
+    The window is the last rows of the prompt that reach the stage, as many as the request's
+    methods look at; a step may hold part of it.
     """
-    policy, lengths = request.plan.pruning.policy("channels"), request.plan.lengths
-    assert isinstance(policy, ChannelPolicy)
-    assert lengths is not None
-    prompt = request.layout.num_tokens
-    if before >= prompt:
+    lengths, prompt = request.lengths, request.layout.num_tokens
+    window = request.plan.query_window
+    if before >= prompt or window == 0:
         return range(0)
-    begin, end = lengths.entered(before, stage), lengths.entered(min(after, prompt), stage)
-    first = max(begin, lengths.entered(prompt, stage) - policy.window)
+    begin, end = lengths.written(before, stage), lengths.written(min(after, prompt), stage)
+    first = max(begin, lengths.written(prompt, stage) - window)
     return range(first - begin, max(first, end) - begin)

@@ -8,8 +8,9 @@ from unittest.mock import patch
 from vllm.platforms import current_platform
 
 from tokenprune.engine.compat import check_version
-from tokenprune.engine.config import check_supported
-from tokenprune.engine.last_hidden import LastHiddenRecorder
+from tokenprune.engine.hidden_recorder import HiddenRecorder
+from tokenprune.engine.startup import check_supported
+from tokenprune.shape import Feature
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -27,7 +28,7 @@ class PruningWorker(PlatformWorker):
         super().__init__(*args, **kwargs)
         check_version()
         check_supported(self.vllm_config)
-        self._last_hidden: LastHiddenRecorder | None = None
+        self._last_hidden: HiddenRecorder | None = None
 
     def init_device(self) -> None:
         """Initialise the device and build our runner."""
@@ -57,22 +58,20 @@ class PruningWorker(PlatformWorker):
 
     def tokenprune_record_last_hidden(self) -> None:
         """Record the last hidden state of prompts that ask for it from now on."""
-        self._last_hidden = LastHiddenRecorder()
+        self._last_hidden = HiddenRecorder()
 
     def tokenprune_take_last_hidden(self) -> list[dict[str, Any]]:
         """Return what was recorded since the last call."""
         assert self._last_hidden is not None, "recording must be switched on first"
         return self._last_hidden.take()
 
-    def tokenprune_kv_unsupported(self) -> str | None:
-        """Return why KV tokens cannot be evicted in this worker, or None if they can."""
-        return self.model_runner.kv_unsupported
+    def tokenprune_shape(self) -> tuple[dict[Feature, str], int]:
+        """Return why features cannot be had in this worker, and slots of a block.
 
-    def tokenprune_channels(self) -> tuple[str | None, int]:
-        """Return why KV channels cannot be pruned in this worker, or None; and slots of a block."""
-        runner = self.model_runner
-        spec = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        return runner.channels_unsupported, spec.block_size
+        The attention backend, which decides both, is chosen in the workers.
+        """
+        shape = self.model_runner.shape
+        return dict(shape.unsupported), shape.block_size
 
     def tokenprune_stats(self) -> dict[str, Any]:
         """Return this worker's figures since the engine started, as plain data."""

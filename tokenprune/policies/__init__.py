@@ -1,38 +1,70 @@
-"""One file per method; importing this package registers them all."""
+"""One file per method in a folder per axis; importing this package registers them all.
+
+Methods of other packages are found by their entry points in the group `tokenprune.policies`. They
+are loaded here too, because the request's model is built from the registry once, in each process.
+"""
 
 import importlib
 import pkgutil
 
-from tokenprune.policies.base import EngineShape, PlanSkipped, Policy, policies
-from tokenprune.policies.channels import ChannelInputs, ChannelPlan, ChannelPolicy
-from tokenprune.policies.eviction import KVPlan, KVPolicy, PartitionInputs
-from tokenprune.policies.visual import (
+from tokenprune.policies.base import (
+    AXES,
+    Axis,
+    PlanSkipped,
+    Policy,
+    Skipped,
+    methods,
+    register_policy,
+)
+from tokenprune.policies.channels.base import ChannelInputs, ChannelPlan, ChannelPolicy
+from tokenprune.policies.kv.base import KVPlan, KVPolicy, Segments
+from tokenprune.policies.plugins import check_plugins, load_plugins
+from tokenprune.policies.visual.base import (
+    AfterPrompt,
     CropInputs,
     ImageInputs,
     ImagePlan,
+    ImagePolicy,
+    KnownRows,
+    PerImage,
+    PromptPolicy,
+    RankPolicy,
     SelectInputs,
     VisualPlan,
     VisualPolicy,
 )
+from tokenprune.policies.visual.schedule import ScheduledPolicy
 
 __all__ = [
+    "AXES",
+    "AfterPrompt",
+    "Axis",
     "ChannelInputs",
     "ChannelPlan",
     "ChannelPolicy",
     "CropInputs",
-    "EngineShape",
     "ImageInputs",
     "ImagePlan",
+    "ImagePolicy",
     "KVPlan",
     "KVPolicy",
-    "PartitionInputs",
+    "KnownRows",
+    "PerImage",
     "PlanSkipped",
     "Policy",
+    "PromptPolicy",
+    "RankPolicy",
+    "ScheduledPolicy",
+    "Segments",
     "SelectInputs",
+    "Skipped",
     "VisualPlan",
     "VisualPolicy",
-    "policies",
+    "check_plugins",
+    "methods",
+    "register_policy",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+load_plugins()

@@ -1,8 +1,8 @@
-"""What a policy is: `plan` counts in integers, `select` chooses in tensors.
+"""What every policy is: a named method with its parameters, registered under its axis.
 
-`plan` is pure and torch-free, so the API process, the scheduler and the worker each make the
-same plan from the same request. `select` runs in the worker only. How many survive never
-depends on data; which survive may.
+A policy plans in integers and chooses in tensors. `plan` is pure and torch-free, so the API
+process, the scheduler and the worker each make the same plan from the same request; the choice
+is made in the worker only. How many survive never depends on data; which survive may.
 
 Ties, for every method: the higher score first, then the lower index; kept indices ascend.
 """
@@ -10,68 +10,42 @@ Ties, for every method: the higher score first, then the lower index; kept indic
 from __future__ import annotations
 
 import abc
+import inspect
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 Axis = Literal["visual", "kv", "channels"]
+AXES: tuple[Axis, ...] = ("visual", "kv", "channels")
 
 
 @dataclass(frozen=True, slots=True)
-class EngineShape:
-    """What a plan must know of the engine; equal in every process.
+class Skipped:
+    """Why an axis that was asked for is not applied.
 
     Attributes:
-        num_layers: Decoder layers.
-        boundaries: First layer of each stage, ascending, beginning with 0.
-        max_num_batched_tokens: Tokens one scheduler step can hold.
-        unsupported: Why visual tokens cannot be pruned in this model, or None.
-        kv_unsupported: Why KV tokens cannot be evicted in this engine, or None.
-        max_model_len: Longest context, or None where nothing bounds it.
-        importance_unsupported: Why patches cannot be scored in this model's vision tower, or None.
-        allow_channels: Whether the engine was started to prune KV channels.
-        channels_unsupported: Why KV channels cannot be pruned in this engine, or None.
-        head_size: Channels of a key, and of a value, in one head.
-        block_size: Slots of a KV block.
+        reason: A label of the fallback metric.
+        message: What a request that asked for it itself is refused with; None where it is served
+            all the same, because there is simply nothing to prune.
+        param: Dotted path of the key that `message` is about.
     """
 
-    num_layers: int
-    boundaries: tuple[int, ...]
-    max_num_batched_tokens: int
-    unsupported: str | None = None
-    kv_unsupported: str | None = None
-    max_model_len: int | None = None
-    importance_unsupported: str | None = None
-    allow_channels: bool = False
-    channels_unsupported: str | None = None
-    head_size: int = 0
-    block_size: int = 0
-
-    @property
-    def prune_layers(self) -> tuple[int, ...]:
-        """The boundaries a user may name, which is all but the constant 0."""
-        return self.boundaries[1:]
-
-    def stage_sizes(self) -> tuple[int, ...]:
-        """Number of layers of each stage."""
-        ends = (*self.boundaries[1:], self.num_layers)
-        return tuple(end - start for start, end in zip(self.boundaries, ends, strict=True))
-
-    def longest_context(self, num_prompt_tokens: int, max_tokens: int | None) -> int | None:
-        """Return the most tokens a request can come to, or None where nothing bounds it."""
-        if max_tokens is None:
-            return self.max_model_len
-        longest = num_prompt_tokens + max_tokens
-        return longest if self.max_model_len is None else min(longest, self.max_model_len)
+    reason: str
+    message: str | None = None
+    param: str = "pruning"
 
 
 class PlanSkipped(Exception):
-    """The request is served unpruned on this axis; `reason` is a label of the fallback metric."""
+    """The request is served unpruned on this axis, or refused if it asked for it itself.
 
-    def __init__(self, reason: str) -> None:
+    Attributes:
+        skipped: Why.
+    """
+
+    def __init__(self, reason: str, message: str | None = None, param: str = "pruning") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.skipped = Skipped(reason, message, param)
 
 
 class Policy(BaseModel, abc.ABC):
@@ -79,11 +53,13 @@ class Policy(BaseModel, abc.ABC):
 
     Attributes:
         axis: What it prunes.
+        is_baseline: Whether it is there to be compared with: it looks at no data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     axis: ClassVar[Axis]
+    is_baseline: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -100,7 +76,17 @@ _registry: dict[tuple[Axis, str], type[Policy]] = {}
 
 
 def register_policy(cls: type[PolicyT]) -> type[PolicyT]:
-    """Add a policy to the registry under its axis and the one value of its `method` field."""
+    """Add a policy to the registry under its axis and the one value of its `method` field.
+
+    Raises:
+        TypeError: The class lacks a method that its base leaves to it, or has no `method` field.
+        ValueError: The axis has a method of that name already.
+    """
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise TypeError(f"policy {cls.__name__} must define {missing}, got a class without")
+    if "method" not in cls.model_fields:
+        raise TypeError(f"policy {cls.__name__} must have a field method, got none")
     method = _name(cls)
     if (cls.axis, method) in _registry:
         raise ValueError(f"{cls.axis} method {method!r} is already registered")
@@ -108,6 +94,6 @@ def register_policy(cls: type[PolicyT]) -> type[PolicyT]:
     return cls
 
 
-def policies(axis: str) -> dict[str, type[Policy]]:
+def methods(axis: str) -> dict[str, type[Policy]]:
     """Registered policies of one axis by method name, sorted."""
     return {name: cls for (a, name), cls in sorted(_registry.items()) if a == axis}

@@ -1,0 +1,143 @@
+"""What a model family says: which of its models are supported, and where their parts are.
+
+The first half of `Family` reads configurations and runs in every process, without torch. The other
+half is asked in the worker, with the loaded model.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One decoder layer and its parts.
+
+    Attributes:
+        module: The layer; its forward takes `positions`, whose last dimension are rows, and other
+            tensors whose first dimension are.
+        attention: Its attention sub-module, norm and residual not included.
+        core: vLLM's attention layer inside, which is called with queries and keys, RoPE applied.
+        mlp: Its MLP sub-module, or mixture of experts.
+    """
+
+    module: nn.Module
+    attention: nn.Module
+    core: Any
+    mlp: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A decoder.
+
+    Attributes:
+        layers: Its layers in order.
+        norm: The final norm, which is called with rows of the whole step.
+    """
+
+    layers: Sequence[DecoderLayer]
+    norm: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScores:
+    """The importance of one image's tokens, laid out as its features are.
+
+    Attributes:
+        importance: `[N]` float32; infinite for tokens that separate rows.
+        grids: `(tokens, width)` of the grids of tokens one after the other.
+        is_video: Whether these are the frames of a video.
+    """
+
+    importance: Tensor
+    grids: tuple[tuple[int, int], ...]
+    is_video: bool
+
+
+class Tower(abc.ABC):
+    """A vision tower whose attention can be read.
+
+    Attributes:
+        module: The tower; called with the pixels of all crops of an image.
+        attention: The attention layer whose queries and keys are scored: the last executed one.
+        scale: What its logits are multiplied with.
+        patch: Side of a patch in pixels.
+    """
+
+    module: nn.Module
+    attention: nn.Module
+    scale: float
+    patch: int
+
+    @abc.abstractmethod
+    def heads(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return queries and keys of a call of `attention`.
+
+        Returns:
+            `[crops, H, N, D]` each, heads of this rank, without a class token.
+        """
+
+    @abc.abstractmethod
+    def pixels(self, args: Sequence[Any], crop: int, modality: str) -> Tensor:
+        """Return a crop of a call of `module` before normalisation, uint8 `[3, height, width]`."""
+
+    @abc.abstractmethod
+    def lay_out(self, scores: Tensor, modality: str, inputs: Mapping[str, Any]) -> ImageScores:
+        """Lay scores `[crops, N]` out as the model lays out the features of an image.
+
+        Args:
+            scores: Importance of the patches of each crop.
+            modality: `image` or `video`.
+            inputs: What the processor made of the image, by the names of the model's arguments.
+        """
+
+
+class Family(abc.ABC):
+    """Models of one kind.
+
+    Attributes:
+        name: What people call them.
+        architectures: Class names in `config.json`.
+        decoders: Types of text model that were compared with an independent implementation.
+    """
+
+    name: ClassVar[str]
+    architectures: ClassVar[tuple[str, ...]]
+    decoders: ClassVar[tuple[str, ...]]
+
+    def visual_unsupported(self, vllm_config: VllmConfig) -> str | None:
+        """Return why visual tokens of this model cannot be pruned, or None if they can."""
+        decoder = vllm_config.model_config.hf_text_config.model_type
+        if decoder not in self.decoders:
+            return f"decoder type {decoder!r} is not among {', '.join(self.decoders)}"
+        return None
+
+    def importance_unsupported(self, vllm_config: VllmConfig) -> str | None:
+        """Return why images cannot be scored in the vision tower, or None if they can."""
+        return f"vision towers of {self.name} models cannot be scored yet"
+
+    def patch_grid(self, vllm_config: VllmConfig) -> int:
+        """Return the side of the grid of patches of a crop, where the tower can be scored."""
+        vision = vllm_config.model_config.hf_config.vision_config
+        return int(vision.image_size) // int(vision.patch_size)
+
+    def decoder(self, model: Any) -> Decoder:
+        """Find the decoder's parts; this default fits decoders built like Llama's."""
+        decoder = model.get_language_model().model
+        layers = [
+            DecoderLayer(layer, layer.self_attn, layer.self_attn.attn, layer.mlp)
+            for layer in decoder.layers
+        ]
+        return Decoder(layers, decoder.norm)
+
+    @abc.abstractmethod
+    def tower(self, vllm_config: VllmConfig, model: Any) -> Tower:
+        """Find the vision tower; asked only where `importance_unsupported` returns None."""

@@ -1,0 +1,68 @@
+"""Reads the sizes of engine and model from vLLM's configuration; the same in every process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenprune.engine.boundaries import check_boundaries, default_boundaries
+from tokenprune.engine.settings import settings
+from tokenprune.engine.support import unsupported_features
+from tokenprune.shape import EngineShape, ModelShape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def engine_shape(vllm_config: VllmConfig) -> EngineShape:
+    """Return what plans must know of this engine.
+
+    Raises:
+        ConfigurationError: The stage boundaries do not fit the model.
+    """
+    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    unsupported = unsupported_features(vllm_config)
+    chosen = settings(vllm_config)
+    layers = chosen.prune_layers
+    if layers is None:
+        layers = () if "visual" in unsupported else default_boundaries(num_layers)
+    else:
+        check_boundaries(num_layers, layers)
+    return EngineShape(
+        num_layers,
+        (0, *layers),
+        _longest_step(vllm_config),
+        unsupported,
+        max_model_len=vllm_config.model_config.max_model_len,
+        allow_channel_pruning=chosen.allow_channel_pruning,
+        head_size=vllm_config.model_config.get_head_size(),
+        block_size=vllm_config.cache_config.block_size,
+    )
+
+
+def _longest_step(vllm_config: VllmConfig) -> int:
+    """Return the most tokens of one prompt that one step can hold, by any of vLLM's limits."""
+    scheduler = vllm_config.scheduler_config
+    limits = [
+        scheduler.max_num_batched_tokens,
+        scheduler.max_num_scheduled_tokens,
+        # a threshold cuts long prefills into chunks
+        scheduler.long_prefill_token_threshold,
+    ]
+    return min(limit for limit in limits if limit)
+
+
+def model_shape(vllm_config: VllmConfig) -> ModelShape:
+    """Return the sizes that costs are counted from."""
+    from vllm.utils.torch_utils import get_kv_cache_torch_dtype
+
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    dtype = get_kv_cache_torch_dtype(vllm_config.cache_config.cache_dtype, model.dtype)
+    return ModelShape(
+        hidden_size=model.get_hidden_size(),
+        intermediate_size=getattr(text, "intermediate_size", 0),
+        num_heads=text.num_attention_heads,
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+        kv_element_bytes=dtype.itemsize,
+    )

@@ -1,0 +1,1 @@
+"""The worker's part of visual pruning: which rows go on from one decoder layer to the next."""

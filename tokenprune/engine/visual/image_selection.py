@@ -1,0 +1,93 @@
+"""Turns the choice from each image of a request into the rows of every stage of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+from tokenprune.engine.families.base import ImageScores
+from tokenprune.engine.visual.image_scores import ImageScorer
+from tokenprune.policies import ImageInputs, ImagePlan, ImagePolicy, PerImage
+
+
+@dataclass(slots=True)
+class ImageSelection:
+    """A request of the step whose images are chosen from one by one.
+
+    Attributes:
+        index: Place in the batch.
+        policy: Who chooses.
+        images: Images of the chunk.
+        features: What vLLM knows of each.
+        start: Prompt position of the chunk's first row.
+        count: Rows of the chunk.
+        scores: Scores of each image, once there are any.
+    """
+
+    index: int
+    policy: ImagePolicy
+    images: Sequence[ImagePlan]
+    features: Sequence[MultiModalFeatureSpec]
+    start: int
+    count: int
+    scores: list[ImageScores] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        index: int,
+        plan: PerImage,
+        request_id: str,
+        chunk: range,
+        scorer: ImageScorer,
+    ) -> ImageSelection:
+        """Return the selection among the rows of a chunk of prompt positions."""
+        images = [i for i in plan.images if i.start in chunk]
+        assert all(i.end <= chunk.stop for i in images), "the scheduler must not cut an image"
+        known = scorer.features_of(request_id)
+        features = [known[i.start] for i in images]
+        return cls(index, plan.policy, images, features, chunk.start, len(chunk))
+
+    def score(self, scorer: ImageScorer) -> None:
+        """Get the scores of every image."""
+        self.scores = [scorer.scores_of(feature, self.policy) for feature in self.features]
+
+    def choose(self, hidden: Tensor, num_stages: int) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Choose from every image.
+
+        Args:
+            hidden: `[count, C]` the chunk's rows before the first layer.
+            num_stages: Stages of the engine.
+
+        Returns:
+            Per stage the kept rows of the chunk, ascending; and what the images' rows become at
+            the first stage, by the place of their first row among its rows.
+        """
+        device = hidden.device
+        parts: list[list[Tensor]] = [[] for _ in range(num_stages)]
+        replaced = {}
+        done = placed = 0
+        for image, found in zip(self.images, self.scores, strict=True):
+            begin, end = image.start - self.start, image.end - self.start
+            stages, features = self.policy.select_image(
+                ImageInputs(
+                    kept=image.kept,
+                    features=hidden[begin:end],
+                    importance=found.importance,
+                    grids=found.grids,
+                    is_video=found.is_video,
+                )
+            )
+            text = torch.arange(done, begin, device=device)
+            for part, kept in zip(parts, stages, strict=True):
+                part += [text, kept + begin]
+            placed += begin - done
+            replaced[placed] = features
+            placed += len(features)
+            done = end
+        rest = torch.arange(done, self.count, device=device)
+        return [torch.cat([*part, rest]) for part in parts], replaced

@@ -1,0 +1,1 @@
+"""Methods that evict KV tokens of live requests."""
