@@ -10,6 +10,17 @@
 Messages follow one grammar: *subject* must be *rule*, got *value*; *way out*.
 """
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def shown(value: object) -> str:
+    """Return a value as messages show it: whole if it is short, else its beginning and end."""
+    return _SHORT.repr(value)
+
 
 class TokenPruneError(Exception):
     """Base of all errors of this package."""

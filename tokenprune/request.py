@@ -15,11 +15,13 @@ from typing import Annotated, Any, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from tokenprune.errors import PolicyError
+from tokenprune.errors import PolicyError, shown
 from tokenprune.policies import AXES, Axis, Policy, methods
 
 FLAT_PREFIX = "pruning_"
 FLAT_PRESET = "pruning"
+# characters of a key that messages repeat
+MAX_NAME = 60
 
 
 def _axis_union(axis: Axis) -> Any:
@@ -82,7 +84,7 @@ def parse_pruning(value: object) -> Axes:
     if isinstance(value, str):
         if value not in PRESETS:
             raise PolicyError(
-                f"pruning must be one of {', '.join(PRESETS)} or an object, got {value!r}"
+                f"pruning must be one of {', '.join(PRESETS)} or an object, got {shown(value)}"
             )
         return parse_pruning(PRESETS[value])
     if not isinstance(value, Mapping):
@@ -106,10 +108,10 @@ def add_presets(presets: object) -> None:
         PolicyError: It names the preset and the key; none of the presets is known then.
     """
     if not isinstance(presets, Mapping):
-        raise PolicyError(f"presets must be an object of names, got {presets!r:.60}")
+        raise PolicyError(f"presets must be an object of names, got {shown(presets)}")
     for name, value in presets.items():
         if not isinstance(name, str) or not name:
-            raise PolicyError(f"the name of a preset must be a word, got {name!r}; quote it")
+            raise PolicyError(f"the name of a preset must be a word, got {shown(name)}; quote it")
         if name in _BUILT_IN:
             raise PolicyError(
                 f"preset {name!r} must have a name of its own, got a built-in one; those are "
@@ -118,7 +120,7 @@ def add_presets(presets: object) -> None:
         if not isinstance(value, Mapping):
             raise PolicyError(
                 f"preset {name!r} must be an object with {' | '.join(Pruning.model_fields)}, "
-                f"got {value!r:.60}"
+                f"got {shown(value)}"
             )
         try:
             parse_pruning(value)
@@ -158,13 +160,14 @@ def parse_flat(extra_args: Mapping[str, Any] | None) -> Axes:
     preset = (extra_args or {}).get(FLAT_PRESET)
     if preset is not None:
         if flat:
-            raise PolicyError(f"pruning and {min(flat)} exclude each other; leave one out")
+            raise PolicyError(f"pruning and {_short(min(flat))} exclude each other; leave one out")
         return parse_pruning(preset)
     nested: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         axis, _, name = key.removeprefix(FLAT_PREFIX).partition("_")
         if not axis or not name:
-            raise PolicyError(f"{key} is unknown; flat keys read pruning_<axis>_<key>", key)
+            name = _short(key)
+            raise PolicyError(f"{name} is unknown; flat keys read pruning_<axis>_<key>", name)
         nested.setdefault(axis, {})[name] = value
     try:
         return parse_pruning(nested)
@@ -184,7 +187,7 @@ def asked(extra_args: Mapping[str, Any] | None, default: Axes) -> tuple[Axes, bo
 
 def _policy_error(error: ValidationError, value: Mapping[str, Any]) -> PolicyError:
     first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"]]
+    location = [_short(str(part)) for part in first["loc"]]
     axis = location[0] if location else ""
     asked = value.get(axis)
     # pydantic names the union member after the axis; users never wrote it
@@ -200,22 +203,30 @@ def _policy_error(error: ValidationError, value: Mapping[str, Any]) -> PolicyErr
         message = f"{param} is unknown; known keys: {', '.join(sorted(known))}"
     elif kind == "union_tag_invalid":
         param += ".method"
-        message = f"{param} must be one of {', '.join(methods(axis))}, got {context['tag']}"
+        message = f"{param} must be one of {', '.join(methods(axis))}, got {_short(context['tag'])}"
     elif kind == "union_tag_not_found":
         param += ".method"
         message = f"{param} must be given; known: {', '.join(methods(axis))}"
     elif kind in ("model_attributes_type", "model_type"):
-        message = f"{param} must be an object with method {' | '.join(methods(axis))}, got {got!r}"
+        message = f"{param} must be an object with method {' | '.join(methods(axis))}, "
+        message += f"got {shown(got)}"
     elif kind == "too_short":
-        message = f"{param} must have at least {context['min_length']} value, got {got!r}"
+        message = f"{param} must have at least {context['min_length']} value, got {shown(got)}"
+    elif kind == "too_long":
+        message = f"{param} must have at most {context['max_length']} values, got {shown(got)}"
     elif kind == "value_error":
         # our own validators' messages begin with the key they are about
         message = f"{param}.{context['error']}"
         param = message.split()[0]
     else:
         rule = first["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
-        message = f"{param} must be {_interval(axis, asked, location) or rule}, got {got!r}"
+        message = f"{param} must be {_interval(axis, asked, location) or rule}, got {shown(got)}"
     return PolicyError(message, param)
+
+
+def _short(name: str) -> str:
+    """Return a name that a client chose, cut where nobody would read on."""
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
 
 
 def _interval(axis: str, asked: object, location: list[str]) -> str | None:
@@ -224,12 +235,17 @@ def _interval(axis: str, asked: object, location: list[str]) -> str | None:
         return None
     # a key that is no string is no property
     schema = _asked_policy(axis, asked).model_json_schema()["properties"].get(location[1], {})
+    branches = schema.get("anyOf", [schema])
+    numeric = [s for s in branches if s.get("type") in ("number", "integer")]
+    if not numeric:
+        return None
+    schema = numeric[0]
     low, high = schema.get("exclusiveMinimum", schema.get("minimum")), schema.get("maximum")
     if low is None:
         return None
     kind = "an integer" if schema["type"] == "integer" else "a number"
     opening = "(" if "exclusiveMinimum" in schema else "["
-    return f"{kind} in {opening}{low:g}, " + ("inf)" if high is None else f"{high:g}]")
+    return f"{kind} in {opening}{low}, " + ("inf)" if high is None else f"{high}]")
 
 
 def _asked_policy(axis: str, asked: Mapping[str, Any]) -> type[Policy]:

@@ -100,6 +100,51 @@ def test_every_parameter_is_described_in_the_json_schema(cls):
     assert described == set(schema["properties"]) - {"method"}
 
 
+def branches(schema):
+    """Return the forms that a parameter may have, None left out."""
+    return [s for s in schema.get("anyOf", [schema]) if s.get("type") != "null"]
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_every_number_has_a_least_and_a_most_and_every_list_a_length(cls):
+    for name, schema in cls.model_json_schema()["properties"].items():
+        for form in branches(schema):
+            if form["type"] in ("number", "integer"):
+                assert "minimum" in form or "exclusiveMinimum" in form, name
+                assert "maximum" in form, name
+            if form["type"] == "array":
+                assert form["maxItems"] <= 12, name
+
+
+def ends(schema):
+    """Return the legal values of a parameter that are furthest from the usual ones."""
+    for form in branches(schema):
+        kind = int if form["type"] == "integer" else float
+        if form["type"] in ("number", "integer"):
+            yield kind(form.get("minimum", 1e-300))
+            yield kind(form["maximum"])
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_a_legal_value_however_extreme_is_planned_or_skipped(cls):
+    engine = EngineShape(
+        32,
+        (0, 8, 12, 20),
+        4096,
+        max_model_len=4096,
+        allow_channel_pruning=True,
+        head_size=128,
+        block_size=16,
+    )
+    for name, schema in cls.model_json_schema()["properties"].items():
+        for value in ends(schema):
+            for prompt in (PROMPT, PromptLayout(3, ((0, 1),)), PromptLayout(4000, ((9, 3900),))):
+                try:
+                    cls(**{name: value}).plan(prompt, engine)
+                except PlanSkipped:
+                    continue
+
+
 @pytest.mark.parametrize("cls", EVERY)
 def test_a_policy_survives_json(cls):
     policy = cls()

@@ -17,6 +17,10 @@ from typing import ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 Axis = Literal["visual", "kv", "channels"]
+# bounds of parameters that no model gives a bound: any seed a user would write, and more tokens
+# than any context has
+MAX_SEED = 2**63 - 1
+MAX_TOKENS = 2**31 - 1
 AXES: tuple[Axis, ...] = ("visual", "kv", "channels")
 
 

@@ -228,8 +228,8 @@ def test_flat_keys_say_the_same():
     [
         pytest.param({"keep_ratio": 0}, "keep_ratio", "(0, 1]", id="zero"),
         pytest.param({"values_keep_ratio": 2}, "values_keep_ratio", "", id="values-above-one"),
-        pytest.param({"window": 0}, "window", "[1, inf)", id="no-window"),
-        pytest.param({"recent": -1}, "recent", "[0, inf)", id="negative-recent"),
+        pytest.param({"window": 0}, "window", "[1, 256]", id="no-window"),
+        pytest.param({"recent": -1}, "recent", "[0, 2147483647]", id="negative-recent"),
         pytest.param({"ratio": 0.5}, "ratio", "known keys: keep_ratio", id="unknown-key"),
         pytest.param({"method": "thin"}, "method", "think", id="unknown-method"),
     ],

@@ -9,7 +9,7 @@ Choice and packing run after the step's forward pass and after eviction, on its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from tokenprune.engine.guard import PolicyGuard, checked
 from tokenprune.engine.kv.cache_layers import MAX_READ, CacheLayer
 from tokenprune.engine.kv.query_observer import QueryObserver
 from tokenprune.engine.stats import WorkerStats
@@ -73,6 +74,7 @@ class ChannelPacker:
         )
         self._rows: list[Tensor | None] = [None] * num_stages
         self._observer = observer
+        self._guard = PolicyGuard(stats)
         observer.overlay = self._attend
 
     @staticmethod
@@ -199,14 +201,27 @@ class ChannelPacker:
         queries = self._observer.queries(place, index, plan.policy.window)
         assert queries is not None, "a prompt ends with queries"
         inputs = ChannelInputs(queries, num_keys, read, layer.scale)
-        keys = plan.policy.select_keys(inputs, plan.keys)
+        keys = self._chosen(plan, plan.policy.select_keys, inputs, (heads, plan.keys))
         if plan.values < full // 2:
-            values = plan.policy.select_values(inputs, plan.values)
+            values = self._chosen(plan, plan.policy.select_values, inputs, (heads, plan.values))
         else:
-            values = torch.arange(plan.values, device=keys.device).expand(heads, -1)
+            values = _first(heads, plan.values, keys.device)
         choice = self._choices[layer]
         choice.kept[index] = torch.cat([keys, full // 2 + values], dim=1)
         choice.places[index] = places_of(choice.kept[index], full)
+
+    def _chosen(
+        self,
+        plan: ChannelPlan,
+        select: Callable[[ChannelInputs, int], Tensor],
+        inputs: ChannelInputs,
+        shape: tuple[int, int],
+    ) -> Tensor:
+        return self._guard.ask(
+            plan.policy,
+            lambda: checked(select(inputs, shape[1]), shape),
+            lambda: _first(*shape, inputs.queries.device),
+        )
 
     def _pack(self, layer: CacheLayer, work: PackingWork, index: int) -> None:
         cache, blocks = layer.cache, layer.blocks[index]
@@ -224,3 +239,8 @@ class ChannelPacker:
         rest = begin + work.count * work.tokens
         newest = torch.arange(rest, work.end, device=cache.device)[None]
         layer.layout.move(cache, blocks, newest, begin + work.count * work.block)
+
+
+def _first(heads: int, keep: int, device: torch.device) -> Tensor:
+    """Return the first `keep` channels of every head, `[heads, keep]`."""
+    return torch.arange(keep, device=device).expand(heads, -1)

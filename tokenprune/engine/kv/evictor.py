@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokenprune.engine.guard import PolicyGuard, checked
 from tokenprune.engine.kv.cache_layers import MAX_READ, CacheLayer
 from tokenprune.engine.kv.query_observer import QueryObserver
 from tokenprune.engine.stats import WorkerStats
@@ -42,6 +43,7 @@ class Evictor:
         self._shape = shape
         self._stats = stats
         self._observer = observer
+        self._guard = PolicyGuard(stats)
 
     def begin_step(self, step: PrunedStep) -> None:
         """Nothing is to be prepared."""
@@ -93,11 +95,20 @@ class Evictor:
                 segments = self._segments(
                     policy, layer, place, index, begin, count, work.first + done, lag
                 )
-                kept = lag_keep(policy.score(segments), work.keep)
+                kept = lag_keep(self._scores(policy, segments), work.keep)
             with self._stats.time("kv_compact"):
                 offsets = torch.arange(begin, begin + count * lag, lag, device=cache.device)
                 source = (kept + offsets[:, None]).flatten(1)
                 layer.layout.move(cache, blocks, source, work.begin + done * work.keep)
+
+    def _scores(self, policy: KVPolicy, segments: Segments) -> Tensor:
+        shape = (segments.num_heads, segments.num_partitions, segments.lag)
+        return self._guard.ask(
+            policy,
+            lambda: checked(policy.score(segments), shape).float().contiguous(),
+            # the newest of each partition
+            lambda: torch.arange(segments.lag, device=segments.device).float().expand(shape),
+        )
 
     def _segments(
         self,

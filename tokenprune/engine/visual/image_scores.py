@@ -22,6 +22,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 
 from tokenprune.engine.families.base import ImageScores, Tower
+from tokenprune.engine.guard import PolicyGuard, checked
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.policies import CropInputs, ImagePolicy
 
@@ -75,6 +76,7 @@ class ImageScorer:
         self._cache = cache
         self._device = device
         self._stats = stats
+        self._guard = PolicyGuard(stats)
         self._policy: ImagePolicy | None = None
         self._modality = "image"
         self._tower_args: Any = ()
@@ -141,16 +143,20 @@ class ImageScorer:
             )
         with self._stats.time("image_importance"):
             for crop in range(len(query)):
-                self._scores.append(
-                    policy.score_crop(
-                        CropInputs(
-                            query=query[crop],
-                            key=key[crop],
-                            scale=self._tower.scale,
-                            pixels=partial(
-                                self._tower.pixels, self._tower_args, crop, self._modality
-                            ),
-                            patch=self._tower.patch,
-                        )
-                    )
+                inputs = CropInputs(
+                    query=query[crop],
+                    key=key[crop],
+                    scale=self._tower.scale,
+                    pixels=partial(self._tower.pixels, self._tower_args, crop, self._modality),
+                    patch=self._tower.patch,
                 )
+                self._scores.append(self._score(policy, inputs))
+
+    def _score(self, policy: ImagePolicy, inputs: CropInputs) -> Tensor:
+        shape = inputs.query.shape[1:2]
+        return self._guard.ask(
+            policy,
+            lambda: checked(policy.score_crop(inputs), tuple(shape)).float(),
+            # no patch is more important than another
+            lambda: inputs.query.new_zeros(shape, dtype=torch.float32),
+        )

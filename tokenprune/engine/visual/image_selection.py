@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from tokenprune.engine.families.base import ImageScores
+from tokenprune.engine.guard import PolicyGuard, checked, evenly
 from tokenprune.engine.visual.image_scores import ImageScorer
 from tokenprune.policies import ImageInputs, ImagePlan, ImagePolicy, PerImage
 
@@ -25,6 +26,7 @@ class ImageSelection:
         features: What vLLM knows of each.
         start: Prompt position of the chunk's first row.
         count: Rows of the chunk.
+        guard: Asks the policy.
         scores: Scores of each image, once there are any.
     """
 
@@ -34,6 +36,7 @@ class ImageSelection:
     features: Sequence[MultiModalFeatureSpec]
     start: int
     count: int
+    guard: PolicyGuard
     scores: list[ImageScores] = field(default_factory=list)
 
     @classmethod
@@ -44,13 +47,14 @@ class ImageSelection:
         request_id: str,
         chunk: range,
         scorer: ImageScorer,
+        guard: PolicyGuard,
     ) -> ImageSelection:
         """Return the selection among the rows of a chunk of prompt positions."""
         images = [i for i in plan.images if i.start in chunk]
         assert all(i.end <= chunk.stop for i in images), "the scheduler must not cut an image"
         known = scorer.features_of(request_id)
         features = [known[i.start] for i in images]
-        return cls(index, plan.policy, images, features, chunk.start, len(chunk))
+        return cls(index, plan.policy, images, features, chunk.start, len(chunk), guard)
 
     def score(self, scorer: ImageScorer) -> None:
         """Get the scores of every image."""
@@ -73,7 +77,7 @@ class ImageSelection:
         done = placed = 0
         for image, found in zip(self.images, self.scores, strict=True):
             begin, end = image.start - self.start, image.end - self.start
-            stages, features = self.policy.select_image(
+            stages, features = self._select(
                 ImageInputs(
                     kept=image.kept,
                     features=hidden[begin:end],
@@ -91,3 +95,19 @@ class ImageSelection:
             done = end
         rest = torch.arange(done, self.count, device=device)
         return [torch.cat([*part, rest]) for part in parts], replaced
+
+    def _select(self, inputs: ImageInputs) -> tuple[list[Tensor], Tensor]:
+        def compute() -> tuple[list[Tensor], Tensor]:
+            stages, features = self.policy.select_image(inputs)
+            stages = [checked(s, (k,)) for s, k in zip(stages, inputs.kept, strict=True)]
+            return stages, checked(features, (inputs.kept[0], inputs.features.shape[1]))
+
+        def instead() -> tuple[list[Tensor], Tensor]:
+            kept = torch.arange(len(inputs.features), device=inputs.features.device)
+            stages = []
+            for keep in inputs.kept:
+                kept = kept[evenly(len(kept), keep, kept.device)]
+                stages.append(kept)
+            return stages, inputs.features[stages[0]]
+
+        return self.guard.ask(self.policy, compute, instead)

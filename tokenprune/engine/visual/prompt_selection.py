@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
+from tokenprune.engine.guard import PolicyGuard, checked, evenly
 from tokenprune.kernels import instruction_attention
 from tokenprune.policies import AfterPrompt, SelectInputs
 from tokenprune.shape import EngineShape
@@ -25,6 +26,7 @@ class PromptSelection:
         observed: Layers whose sub-modules the policy is shown.
         visual: `[rows]` bool over the request's current prompt rows.
         rows_after_prompt: Rows of tokens generated before a preemption; always kept.
+        guard: Asks the policy.
         accumulated: `[num_visual]` float32 sum of what the policy made of observed layers.
     """
 
@@ -33,11 +35,18 @@ class PromptSelection:
     observed: range
     visual: Tensor
     rows_after_prompt: int
+    guard: PolicyGuard
     accumulated: Tensor | None = None
 
     @classmethod
     def of(
-        cls, index: int, plan: AfterPrompt, chunk: range, shape: EngineShape, device: torch.device
+        cls,
+        index: int,
+        plan: AfterPrompt,
+        chunk: range,
+        shape: EngineShape,
+        device: torch.device,
+        guard: PolicyGuard,
     ) -> Self:
         """Return the selection among the rows of a step, which must hold the whole prompt."""
         assert chunk.start == 0, "the scheduler must keep this prompt whole"
@@ -50,6 +59,7 @@ class PromptSelection:
             observed=plan.policy.observed_layers(shape),
             visual=visual.to(device),
             rows_after_prompt=len(chunk) - plan.prompt.num_tokens,
+            guard=guard,
         )
 
     @property
@@ -65,7 +75,12 @@ class PromptSelection:
 
     def observe(self, x_in: Tensor, x_out: Tensor) -> None:
         """Add the score of a sub-module, `[rows, C]` in and out, to those of earlier ones."""
-        score = self.plan.policy.observe(x_in, x_out, self.visual)
+        policy, shape = self.plan.policy, (self.num_visual,)
+        score = self.guard.ask(
+            policy,
+            lambda: checked(policy.observe(x_in, x_out, self.visual), shape),
+            lambda: x_in.new_zeros(shape, dtype=torch.float32),
+        )
         self.accumulated = score if self.accumulated is None else self.accumulated + score
 
     def choose(self, dropped: int, attention: Callable[[], Tensor]) -> Tensor:
@@ -78,9 +93,13 @@ class PromptSelection:
         Returns:
             The rows of the request that are left, ascending.
         """
-        num_visual = self.num_visual
-        kept = self.plan.policy.select(
-            SelectInputs(num_visual - dropped, num_visual, self.accumulated, attention)
+        policy, num_visual = self.plan.policy, self.num_visual
+        keep = num_visual - dropped
+        inputs = SelectInputs(keep, num_visual, self.accumulated, attention)
+        kept = self.guard.ask(
+            policy,
+            lambda: checked(policy.select(inputs), (keep,)),
+            lambda: evenly(num_visual, keep, self.visual.device),
         )
         visual_rows = self.visual.nonzero().squeeze(1)
         alive = ~self.visual

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 
 from tokenprune.engine.families.base import Decoder, DecoderLayer
+from tokenprune.engine.guard import PolicyGuard
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PrunedStep, StageRows, known_rows
 from tokenprune.engine.visual.image_scores import ImageScorer
@@ -88,6 +89,7 @@ class StagedPrefill:
         self._shape = shape
         self._device = device
         self._stats = stats
+        self._guard = PolicyGuard(stats)
         self._step: _PruningStep | None = None
         self._probe = QueryKeyProbe(list(decoder.layers))
         model.register_forward_pre_hook(self._skip_compiled)
@@ -117,11 +119,13 @@ class StagedPrefill:
                 case PerImage() as plan:
                     assert self._scorer is not None, "images are not planned without a scorer"
                     pruning.images.append(
-                        ImageSelection.of(place, plan, request.request_id, chunk, self._scorer)
+                        ImageSelection.of(
+                            place, plan, request.request_id, chunk, self._scorer, self._guard
+                        )
                     )
                 case AfterPrompt() as plan:
                     pruning.prompts[place] = PromptSelection.of(
-                        place, plan, chunk, self._shape, self._device
+                        place, plan, chunk, self._shape, self._device, self._guard
                     )
         self._step = pruning
 

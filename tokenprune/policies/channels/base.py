@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from tokenprune.lengths import Packing, PhysicalLengths, PromptLayout
-from tokenprune.policies.base import PlanSkipped, Policy
+from tokenprune.policies.base import MAX_TOKENS, PlanSkipped, Policy
 from tokenprune.policies.kv.base import KVPolicy
 from tokenprune.shape import EngineShape
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # channels are kept in multiples of this, which is what matrix units take
 ROUNDING = 16
+# queries of a window are kept in every layer, and scored against all keys
+MAX_WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +98,13 @@ class ChannelPolicy(Policy):
     window: int = Field(
         default=32,
         ge=1,
+        le=MAX_WINDOW,
         description="Last prompt tokens whose queries score the channels.",
     )
     recent: int = Field(
         default=32,
         ge=0,
+        le=MAX_TOKENS,
         description="Newest tokens, which keep all channels. A prompt shorter than "
         "`window + recent` is not pruned.",
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tokenprune.lengths import Eviction, PhysicalLengths, PromptLayout
-from tokenprune.policies.base import PlanSkipped, Policy
+from tokenprune.policies.base import MAX_TOKENS, PlanSkipped, Policy
 from tokenprune.shape import EngineShape
 
 if TYPE_CHECKING:
@@ -111,14 +111,18 @@ class KVPolicy(Policy):
     budget_tokens: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_TOKENS,
         description="Tokens to hold per layer once the prompt is complete, as far as the sink and "
         "the newest tokens allow. It sets the share kept of each partition, of generated tokens "
         "too, which come on top. Replaces `keep_ratio`.",
     )
-    sink: int = Field(default=16, ge=0, description="First tokens, which are never evicted.")
+    sink: int = Field(
+        default=16, ge=0, le=MAX_TOKENS, description="First tokens, which are never evicted."
+    )
     lag: int = Field(
         default=1024,
         ge=1,
+        le=MAX_TOKENS,
         description="Tokens of a partition. The newest `lag` to `2 * lag - 1` tokens are whole, "
         "and nothing is evicted from contexts below `sink + 2 * lag` tokens.",
     )

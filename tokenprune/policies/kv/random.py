@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from tokenprune.policies.base import register_policy
+from tokenprune.policies.base import MAX_SEED, register_policy
 from tokenprune.policies.kv.base import KVPolicy, Segments
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class RandomKV(KVPolicy):
     is_baseline: ClassVar[bool] = True
 
     method: Literal["random"] = "random"
-    seed: int = Field(default=0, ge=0, description="Seed of the draw.")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the draw.")
 
     def score(self, segments: Segments) -> Tensor:
         """Return the draw of each token."""

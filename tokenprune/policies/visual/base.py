@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from tokenprune.errors import PolicyError
+from tokenprune.errors import PolicyError, shown
 from tokenprune.lengths import (
     Dropped,
     DroppedAfterPrompt,
@@ -226,7 +226,7 @@ class VisualPolicy(Policy):
         if wrong:
             raise PolicyError(
                 "pruning.visual.prune_layers must be among the engine's boundaries "
-                f"{list(engine.boundaries)}, got {wrong}",
+                f"{list(engine.boundaries)}, got {shown(wrong)}",
                 "pruning.visual.prune_layers",
             )
         return tuple(layers)

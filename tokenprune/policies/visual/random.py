@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tokenprune.policies.base import register_policy
+from tokenprune.policies.base import MAX_SEED, register_policy
 from tokenprune.policies.visual.base import RankPolicy
 from tokenprune.policies.visual.schedule import ScheduledPolicy
 
@@ -23,7 +23,7 @@ class RandomVisual(ScheduledPolicy, RankPolicy):
     is_baseline: ClassVar[bool] = True
 
     method: Literal["random"] = "random"
-    seed: int = Field(default=0, ge=0, description="Seed of the draw.")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the draw.")
 
     def keep_ranks(self, num_visual: int, keep: int) -> list[int]:
         """Return a random subset of ranks, ascending."""

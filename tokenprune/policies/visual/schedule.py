@@ -6,8 +6,12 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from tokenprune.errors import shown
 from tokenprune.policies.visual.base import Cuts, VisualPolicy
 from tokenprune.shape import EngineShape
+
+# an engine has at most as many KV cache groups, and each stage takes one at least
+MAX_CUTS = 12
 
 
 class ScheduledPolicy(VisualPolicy):
@@ -32,12 +36,14 @@ class ScheduledPolicy(VisualPolicy):
     prune_layers: list[int] | None = Field(
         default=None,
         min_length=1,
+        max_length=MAX_CUTS,
         description="Layers to cut before; each must be a stage boundary of the engine. "
         "Default: the published layers, scaled to the model and snapped to boundaries.",
     )
     keep_ratios: list[float] | None = Field(
         default=None,
         min_length=1,
+        max_length=MAX_CUTS,
         description="Share of the original visual tokens kept at each cut, not increasing, one "
         "for each of `prune_layers`. Replaces `keep_ratio`.",
     )
@@ -46,15 +52,15 @@ class ScheduledPolicy(VisualPolicy):
     def _check_schedule(self) -> ScheduledPolicy:
         layers, ratios = self.prune_layers, self.keep_ratios
         if layers is not None and layers != sorted(set(layers)):
-            raise ValueError(f"prune_layers must ascend without repeats, got {layers}")
+            raise ValueError(f"prune_layers must ascend without repeats, got {shown(layers)}")
         if ratios is None:
             return self
         if "keep_ratio" in self.model_fields_set:
             raise ValueError("keep_ratio and keep_ratios exclude each other; leave one out")
         if any(not 0 < r <= 1 for r in ratios):
-            raise ValueError(f"keep_ratios must each be in (0, 1], got {ratios}")
+            raise ValueError(f"keep_ratios must each be in (0, 1], got {shown(ratios)}")
         if ratios != sorted(ratios, reverse=True):
-            raise ValueError(f"keep_ratios must not increase, got {ratios}")
+            raise ValueError(f"keep_ratios must not increase, got {shown(ratios)}")
         wanted = len(self.published_layers if layers is None else layers)
         if len(ratios) != wanted:
             raise ValueError(f"keep_ratios must have {wanted} values, got {len(ratios)}")

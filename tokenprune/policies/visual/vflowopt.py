@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from tokenprune.errors import shown
 from tokenprune.policies.base import register_policy
 from tokenprune.policies.visual.base import CropInputs, Cuts, ImageInputs, ImagePolicy, top_k
 from tokenprune.shape import EngineShape
@@ -71,11 +72,13 @@ class VFlowOpt(ImagePolicy):
     )
     stages: list[float] | None = Field(
         default=None,
+        max_length=3,
         description="Three shares, each of the tokens that are left, kept before the first layer "
         "and at the two later cuts. Replaces `keep_ratio`.",
     )
     prune_layers: list[int] | None = Field(
         default=None,
+        max_length=2,
         description="The two layers to cut before besides the first; each must be a stage "
         "boundary of the engine. Default: the published layers, scaled to the model and snapped "
         "to boundaries.",
@@ -83,17 +86,21 @@ class VFlowOpt(ImagePolicy):
     threshold: float = Field(
         default=30.0,
         ge=0,
+        le=65536,
         description="A patch counts as a key patch if it receives more than this many times the "
         "mean attention. Published: 28.7 to 39.3 with 729 patches.",
     )
     cell: float | None = Field(
         default=None,
-        gt=0,
+        ge=1,
+        le=65536,
         description="Side in tokens of the cells in which dropped tokens are merged. "
         "Default: half the side of a crop. Published: 11.8 to 17.4 with crops of 27 x 27.",
     )
     alpha: float = Field(
         default=0.0,
+        ge=-1000,
+        le=1000,
         description="Weight of the patches' entropy against attention, of either sign. "
         "Published: 0.",
     )
@@ -104,13 +111,15 @@ class VFlowOpt(ImagePolicy):
         if layers is not None and (
             len(layers) != 2 or layers != sorted(set(layers)) or layers[0] < 1
         ):
-            raise ValueError(f"prune_layers must be two layers after the first, got {layers}")
+            raise ValueError(
+                f"prune_layers must be two layers after the first, got {shown(layers)}"
+            )
         if stages is None:
             return self
         if "keep_ratio" in self.model_fields_set:
             raise ValueError("stages and keep_ratio exclude each other; leave one out")
         if len(stages) != 3 or any(not 0 < share <= 1 for share in stages):
-            raise ValueError(f"stages must be three shares in (0, 1], got {stages}")
+            raise ValueError(f"stages must be three shares in (0, 1], got {shown(stages)}")
         return self
 
     def cuts(self, engine: EngineShape) -> Cuts:
