@@ -17,8 +17,8 @@ from tokenprune.engine.launch import WORKER_CLS
 from tokenprune.policies import EngineShape
 from tokenprune.server.flops import ModelShape
 from tokenprune.server.metrics import ENGINE_FIGURES
+from tokenprune.server.metrics_page import MetricsPage
 from tokenprune.server.routes import Service, attach_routes
-from tokenprune.server.scrape import MetricsPage
 from tokenprune.server.tap import EngineTap
 
 _STATS_TIMEOUT_SECONDS = 10.0

@@ -1,7 +1,7 @@
 """Every metric of the plugin: names, labels and help live here only.
 
 What the API process knows by itself is counted in plain metrics. What only the engine's workers
-know is fetched (see `scrape.py`) and shown by `EngineFigures`. Label values come from closed
+know is fetched (see `metrics_page.py`) and shown by `EngineFigures`. Label values come from closed
 sets, with `none` for "not asked for".
 """
 

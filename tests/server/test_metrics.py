@@ -18,7 +18,7 @@ from tokenprune.server.metrics import (
     count_refused,
     count_served,
 )
-from tokenprune.server.scrape import MetricsPage
+from tokenprune.server.metrics_page import MetricsPage
 from tokenprune.server.usage import PromptRecord, RequestRecord
 
 ENGINE = EngineShape(num_layers=8, boundaries=(0, 2, 3), max_num_batched_tokens=2048)
@@ -155,6 +155,6 @@ def test_a_busy_engine_does_not_hold_the_page_up(monkeypatch: pytest.MonkeyPatch
     async def busy() -> Any:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr("tokenprune.server.scrape._MAX_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("tokenprune.server.metrics_page._MAX_WAIT_SECONDS", 0.01)
     (shown,) = page(busy)
     assert "tokenprune_kv_bytes_saved" in shown
