@@ -25,6 +25,7 @@ from tokenprune.engine.cache_layout import CacheLayout
 from tokenprune.engine.compaction import MAX_READ, Compactor
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import DuePacking, PrunedRequest, due_packing, window_rows
+from tokenprune.figures import Op
 from tokenprune.kernels import ROW_FIELDS, pack, packed_decode_attention, places_of
 from tokenprune.policies import ChannelInputs, ChannelPolicy
 
@@ -195,11 +196,11 @@ class ChannelPruner:
             return
         for layer in self._layers:
             if chooses:
-                with self._stats.time("channel_select"):
+                with self._stats.time(Op.CHANNEL_SELECT):
                     self._choose(layer, request, index, after)
             work = due[layer.stage]
             if work is not None:
-                with self._stats.time("channel_pack"):
+                with self._stats.time(Op.CHANNEL_PACK):
                     self._pack(layer, work, index)
 
     def forget(self, index: int) -> None:

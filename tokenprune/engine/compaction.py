@@ -19,6 +19,7 @@ from tokenprune.engine.cache_layout import CacheLayout, layout_of
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import Due, PrunedRequest, due
 from tokenprune.errors import ConfigurationError
+from tokenprune.figures import Op
 from tokenprune.policies import KVPolicy, PartitionInputs
 
 # elements of keys and values read at once for scoring: 32 MiB of float32
@@ -94,7 +95,7 @@ class Compactor:
             self._cut_down(policy, work, name, blocks)
             begin = work.begin + work.count * work.keep
             rest = work.begin + work.count * work.lag
-        with self._stats.time("kv_compact"):
+        with self._stats.time(Op.KV_COMPACT):
             newest = torch.arange(rest, work.end, device=cache.device)[None]
             layout.move(cache, blocks, newest, begin)
 
@@ -106,7 +107,7 @@ class Compactor:
         for done in range(0, work.count, at_once):
             count = min(at_once, work.count - done)
             raw = work.begin + done * lag
-            with self._stats.time("kv_select"):
+            with self._stats.time(Op.KV_SELECT):
                 keys, values = None, None
                 if policy.reads_cache:
                     # the partition behind the last one is its reference
@@ -124,7 +125,7 @@ class Compactor:
                         device=cache.device,
                     )
                 )
-            with self._stats.time("kv_compact"):
+            with self._stats.time(Op.KV_COMPACT):
                 offsets = torch.arange(raw, raw + count * lag, lag, device=cache.device)
                 source = (kept + offsets[:, None]).flatten(1)
                 layout.move(cache, blocks, source, work.begin + done * keep)

@@ -26,6 +26,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 
 from tokenprune.engine.stats import WorkerStats
+from tokenprune.figures import Op
 from tokenprune.policies import CropInputs, VisualPolicy
 
 # maps of one image with different parameters; each is four bytes a token
@@ -177,7 +178,7 @@ class ImageScorer:
         query, key = (
             x[:, patches].unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key)
         )
-        with self._stats.time("image_importance"):
+        with self._stats.time(Op.IMAGE_IMPORTANCE):
             for i in range(len(query)):
                 self._scores.append(
                     policy.score_crop(

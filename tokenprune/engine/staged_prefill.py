@@ -23,6 +23,7 @@ from tokenprune.engine.image_rows import ImagedRequest
 from tokenprune.engine.importance import ImageScorer
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PrunedRequest, StageRows, known_rows
+from tokenprune.figures import Op
 from tokenprune.kernels import instruction_attention
 from tokenprune.policies import EngineShape, SelectInputs, VisualPolicy
 
@@ -169,7 +170,7 @@ class StagedPrefill:
                 folded = self._choose_images(hidden) if index == 0 else {}
                 kept = self._cut(stage, layer, positions, hidden, residual)
                 if kept is not None:
-                    with self._stats.time("gather"):
+                    with self._stats.time(Op.GATHER):
                         positions = positions[..., kept]
                         hidden = hidden[kept]
                         for first, features in folded.items():
@@ -191,7 +192,7 @@ class StagedPrefill:
                     continue
                 x_in = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 rows = self._prompt_rows(item, self._armed.stage)
-                with self._stats.time("transition_scores"):
+                with self._stats.time(Op.OBSERVE):
                     score = item.policy.observe(x_in[rows], output[rows], item.visual)
                 item.accumulated = score if item.accumulated is None else item.accumulated + score
 
@@ -202,7 +203,7 @@ class StagedPrefill:
             return None
         armed = self._armed
         full = []
-        with self._stats.time("scatter"):
+        with self._stats.time(Op.SCATTER):
             for x in args:
                 # dropped rows stay zero; nothing samples from them
                 out = x.new_zeros((int(armed.full_starts[-1]), x.shape[-1]))
@@ -216,7 +217,7 @@ class StagedPrefill:
         folded = {}
         for item in armed.imaged:
             begin = int(armed.full_starts[item.index])
-            with self._stats.time("select"):
+            with self._stats.time(Op.SELECT):
                 rows, replaced = item.choose(hidden[begin : begin + item.count], len(armed.stages))
             armed.known[item.index] = rows
             first = int(armed.stages[0].starts[item.index])
@@ -278,7 +279,7 @@ class StagedPrefill:
                 item,
             )
 
-        with self._stats.time("select"):
+        with self._stats.time(Op.SELECT):
             kept = item.policy.select(
                 SelectInputs(num_visual - dropped, num_visual, item.accumulated, attention)
             )
@@ -329,7 +330,7 @@ class StagedPrefill:
         )
         q = query.view(num_rows, attn.num_heads, attn.head_size)[text_rows].transpose(0, 1)
         k = key.view(num_rows, attn.num_kv_heads, attn.head_size).transpose(0, 1)
-        with self._stats.time("instruction_attention"):
+        with self._stats.time(Op.INSTRUCTION_ATTENTION):
             score = instruction_attention(
                 q, k, text_rows, item.visual, scale=float(attn.impl.scale)
             )
