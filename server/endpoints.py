@@ -7,20 +7,18 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from fastapi import FastAPI
-from prometheus_client import REGISTRY
 from starlette.datastructures import State
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from tokenprune.engine.launch import WORKER_CLS
+from tokenprune.engine.reporting import listen
 from tokenprune.engine.settings import settings
 from tokenprune.engine.shape import engine_shape, model_shape
 from tokenprune.server.admission import PlanningClient
 from tokenprune.server.metrics import ENGINE_FIGURES
+from tokenprune.server.metrics_page import attach_metrics_page
 from tokenprune.server.routes import Service, attach_routes
-from tokenprune.server.scrape import MetricsPage
 from tokenprune.shape import FEATURES, EngineShape
-
-_STATS_TIMEOUT_SECONDS = 10.0
 
 
 class PruningEndpoints:
@@ -29,20 +27,13 @@ class PruningEndpoints:
     name: ClassVar[str] = "tokenprune"
     required_tasks: ClassVar[tuple[str, ...]] = ("generate",)
 
-    def __init__(self) -> None:
-        registry = get_prometheus_registry()
-        if registry is not REGISTRY:
-            # with several API processes vLLM reads metrics from files, which a collector has not
-            registry.register(ENGINE_FIGURES)
-        self._page = MetricsPage(registry)
-
     def attach_router(self, app: FastAPI) -> None:
         """Register our routes, which take the place of vLLM's where the path is the same."""
         attach_routes(app)
-        app.add_api_route("/metrics", self._page.render, methods=["GET"], response_model=None)
+        attach_metrics_page(app, get_prometheus_registry())
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Read the engine's shape and stand before the engine client."""
+        """Read the engine's shape, stand before its client, and listen for its figures."""
         vllm_config = engine_client.vllm_config
         engine = _engine_shape(vllm_config)
         if _is_ours(vllm_config):
@@ -61,14 +52,7 @@ class PruningEndpoints:
                 serving.engine_client, service.engine, service.default
             )
         if _is_ours(vllm_config):
-
-            async def fetch() -> Any:
-                # collective_rpc of the public client returns the first data-parallel engine only
-                return await engine_client.engine_core.call_utility_all_async(
-                    "collective_rpc", "tokenprune_stats", _STATS_TIMEOUT_SECONDS, (), {}
-                )
-
-            self._page.fetch = fetch
+            listen(engine_client.output_processor, ENGINE_FIGURES.take)
 
 
 def create() -> PruningEndpoints:

@@ -1,14 +1,15 @@
 """Every metric of the plugin: names, labels and help live here only.
 
 What the API process knows by itself is counted in plain metrics. What only the engine's workers
-know is fetched (see `scrape.py`) and shown by `EngineFigures`. Label values come from closed
-sets, with `none` for "not asked for".
+know arrives with the results of its steps (see `engine/reporting.py`) and is shown by
+`EngineFigures`. Label values come from closed sets, with `none` for "not asked for".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 from prometheus_client import REGISTRY, Counter, Gauge
 from prometheus_client.core import (
@@ -19,6 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from tokenprune.cost import prefill_flops
+from tokenprune.figures import BUCKET_SECONDS, KVTokens, Op, OpTimes, VisualTokens, WorkerFigures
 from tokenprune.policies import AXES, methods
 from tokenprune.request import PRESETS, Axes
 from tokenprune.server.usage import RequestRecord
@@ -54,6 +56,7 @@ _SPEEDUP = Gauge(
     multiprocess_mode="mostrecent",
 )
 _OFF = _REQUESTS.labels(NONE, NONE, NONE, "off")
+_FULL, _SPENT = _FLOPS.labels("full"), _FLOPS.labels("spent")
 
 
 def count_off() -> None:
@@ -73,8 +76,6 @@ def count_served(record: RequestRecord, engine: EngineShape, model: ModelShape) 
     _REQUESTS.labels(*_methods(record.pruning), outcome).inc()
     for axis, reason in record.skipped().items():
         _FALLBACK.labels(axis, reason).inc()
-    full = _FLOPS.labels("full")
-    spent = _FLOPS.labels("spent")
     for entry in record.prompts:
         plan, visual = entry.plan, entry.plan.visual
         scores = 0
@@ -82,8 +83,8 @@ def count_served(record: RequestRecord, engine: EngineShape, model: ModelShape) 
             scores = visual.policy.score_macs(visual, entry.prompt, engine, model)
         flops = prefill_flops(plan.lengths, engine, model, scores)
         # every choice of a pruned prompt is prefilled by itself
-        full.inc(flops[0] * len(entry.completions))
-        spent.inc(flops[1] * len(entry.completions))
+        _FULL.inc(flops[0] * len(entry.completions))
+        _SPENT.inc(flops[1] * len(entry.completions))
         _totals[0] += flops[0] * len(entry.completions)
         _totals[1] += flops[1] * len(entry.completions)
     if _totals[1]:
@@ -107,33 +108,30 @@ def _methods(asked: object) -> list[str]:
 
 
 class EngineFigures(Collector):
-    """Shows the workers' cumulative figures, as last fetched."""
+    """Shows the engines' figures as they last arrived."""
 
     def __init__(self) -> None:
-        self._engines: Sequence[Sequence[Mapping[str, Any]]] = ()
+        self._engines: dict[int, str] = {}
 
-    def update(self, engines: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        """Take new figures: per data-parallel engine, per worker."""
-        self._engines = engines
+    def take(self, engine: int, figures: str) -> None:
+        """Take new figures of a data-parallel engine; they are read when somebody looks."""
+        self._engines[engine] = figures
 
     def collect(self) -> Iterator[Any]:
         """Yield the metric families."""
-        # tensor-parallel ranks see the same tokens, so the first one speaks for its engine;
-        # bytes are held by each rank for its own heads
-        first = [workers[0] for workers in self._engines if workers]
+        # the page may be rendered in another thread than `take` runs in
+        engines = [WorkerFigures.from_json(text) for text in list(self._engines.values())]
         yield _token_counter(
             "tokenprune_visual_tokens",
             "Visual tokens of pruned prompts: seen reached the engine, kept survived the last "
             "cut. kept growing slower than seen means a deeper cut.",
-            first,
-            "visual_tokens",
+            _total((e.visual_tokens for e in engines), dict.fromkeys(_VISUAL, VisualTokens())),
         )
         yield _token_counter(
             "tokenprune_kv_tokens",
             "KV slots of pruned requests, as the mean over the layers. written growing faster "
             "than held memory means that tokens are evicted.",
-            first,
-            "kv_tokens",
+            _total((e.kv_tokens for e in engines), dict.fromkeys(_KV, KVTokens())),
         )
         freed = CounterMetricFamily(
             "tokenprune_kv_blocks_freed",
@@ -141,52 +139,69 @@ class EngineFigures(Collector):
             "room for more requests.",
             labels=["method"],
         )
-        methods = sorted({m for figures in first for m in figures.get("kv_blocks_freed", {})})
-        for method in methods:
-            blocks = sum(figures.get("kv_blocks_freed", {}).get(method, 0) for figures in first)
-            freed.add_metric([method], blocks)
+        blocks = _total((e.kv_blocks_freed for e in engines), dict.fromkeys(_FREEING, 0))
+        for method, count in blocks.items():
+            freed.add_metric([method], count)
         yield freed
-        yield _op_histogram(first)
+        times = HistogramMetricFamily(
+            "tokenprune_op_seconds",
+            "Seconds spent in one call of a pruning operation on the device. A rise means that "
+            "pruning itself costs more.",
+            labels=["op"],
+        )
+        for op, calls in _total((e.ops for e in engines), dict.fromkeys(Op, OpTimes())).items():
+            buckets = zip(_BOUNDS, [*calls.buckets, calls.count], strict=True)
+            times.add_metric([op.value], [*buckets], sum_value=calls.seconds)
+        yield times
+        failures = CounterMetricFamily(
+            "tokenprune_policy_failures",
+            "Calls of a method that raised, or returned something of another shape; the tokens "
+            "were chosen without it. Any rise is a fault of the method: see the engine's log.",
+            labels=["axis", "method"],
+        )
+        for name, count in _total((e.failures for e in engines), dict.fromkeys(_ALL, 0)).items():
+            failures.add_metric(name.split("/"), count)
+        yield failures
         yield GaugeMetricFamily(
             "tokenprune_kv_bytes_saved",
             "Bytes of KV cache that the requests running now do not hold thanks to pruning. "
             "A rise means room for more requests.",
-            value=sum(w.get("kv_bytes_saved", 0) for workers in self._engines for w in workers),
+            value=sum(e.kv_bytes_saved for e in engines),
         )
 
 
+_VISUAL, _KV = sorted(methods("visual")), sorted(methods("kv"))
+# a request's blocks are emptied by its KV method, its channel method, or both
+_FREEING = sorted(
+    [
+        *_KV,
+        *methods("channels"),
+        *(f"{kv}+{channels}" for kv in _KV for channels in methods("channels")),
+    ]
+)
+_ALL = [f"{axis}/{method}" for axis in AXES for method in methods(axis)]
+_BOUNDS = [*(str(bound) for bound in BUCKET_SECONDS), "+Inf"]
+
+_Label = TypeVar("_Label", bound=str)
+_Figure = TypeVar("_Figure", int, OpTimes, VisualTokens, KVTokens)
+
+
+def _total(
+    engines: Iterable[Mapping[_Label, _Figure]], start: dict[_Label, _Figure]
+) -> dict[_Label, _Figure]:
+    for figures in engines:
+        for label, figure in figures.items():
+            start[label] = start[label] + figure if label in start else figure
+    return start
+
+
 def _token_counter(
-    name: str, documentation: str, engines: Iterable[Mapping[str, Any]], key: str
+    name: str, documentation: str, totals: Mapping[str, VisualTokens | KVTokens]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(name, documentation, labels=["method", "state"])
-    totals: dict[tuple[str, str], float] = {}
-    for figures in engines:
-        for method, states in figures.get(key, {}).items():
-            for state, count in states.items():
-                totals[method, state] = totals.get((method, state), 0) + count
-    for labels, count in sorted(totals.items()):
-        family.add_metric(labels, count)
-    return family
-
-
-def _op_histogram(engines: Iterable[Mapping[str, Any]]) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(
-        "tokenprune_op_seconds",
-        "Seconds spent in one call of a pruning operation on the device. A rise means that "
-        "pruning itself costs more.",
-        labels=["op"],
-    )
-    totals: dict[str, tuple[list[float], list[int], float]] = {}
-    for figures in engines:
-        bounds = list(figures.get("bucket_bounds", ()))
-        for op, data in figures.get("op_seconds", {}).items():
-            counts = [*data["buckets"], data["count"]]
-            _, known, seconds = totals.get(op, (bounds, [0] * len(counts), 0.0))
-            summed = [a + b for a, b in zip(known, counts, strict=True)]
-            totals[op] = (bounds, summed, seconds + data["sum"])
-    for op, (bounds, counts, seconds) in sorted(totals.items()):
-        buckets = list(zip([*(str(b) for b in bounds), "+Inf"], counts, strict=True))
-        family.add_metric([op], buckets, sum_value=seconds)
+    for method, counts in totals.items():
+        for state, count in asdict(counts).items():
+            family.add_metric([method, state], count)
     return family
 
 

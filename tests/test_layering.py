@@ -53,6 +53,7 @@ RULES = [
     Rule("tokenprune/kernels", only=frozenset({"torch", "triton", "tokenprune.kernels"})),
     Rule("tokenprune/__init__.py", only=frozenset()),
     Rule("tokenprune/errors.py", only=frozenset()),
+    Rule("tokenprune/figures.py", only=frozenset({"pydantic"})),
     Rule("tokenprune/lengths.py", only=frozenset()),
     Rule("tokenprune/shape.py", only=frozenset()),
     Rule("tokenprune/cost.py", only=frozenset({"tokenprune.lengths", "tokenprune.shape"})),

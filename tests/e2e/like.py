@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tokenprune.policies.kv_random import RandomKV
+
 from tests.e2e.oracle import Evicted, Oracle, Pruned, Thinned, Trace, lag_choice
 from tests.e2e.support import SHAPE, Answer, Ask, image, layout_of, policy_of
 from tokenprune.policies import PartitionInputs
-from tokenprune.policies.kv_random import RandomKV
 
 BLOCK = 32
 

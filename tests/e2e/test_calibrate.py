@@ -11,12 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenprune.engine.last_hidden import LastHiddenProbe, _message
 
 from tokenprune.calibration.run import Options, calibrate
 from tokenprune.calibration.samples import Sample, open_all
 from tokenprune.demo import builtin, quiz
 from tokenprune.engine.default_model import DefaultModel
-from tokenprune.engine.last_hidden import LastHiddenProbe, _message
 from tokenprune.engine.launch import start_offline
 from tokenprune.errors import ConfigurationError
 from tokenprune.request import OFF, parse_pruning

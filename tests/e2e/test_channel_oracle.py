@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenprune.policies.think import Think
 
 from tests.e2e.like import compare
 from tests.e2e.oracle import Oracle, Thinned
@@ -26,7 +27,6 @@ from tests.e2e.support import (
 )
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import ChannelInputs
-from tokenprune.policies.think import Think
 
 pytestmark = pytest.mark.vllm
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenprune.policies.transprune import TransPrune
 
 from tests.e2e.like import compare
 from tests.e2e.oracle import Oracle
@@ -22,7 +23,6 @@ from tests.e2e.support import (
 )
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import SelectInputs
-from tokenprune.policies.transprune import TransPrune
 
 pytestmark = pytest.mark.vllm
 

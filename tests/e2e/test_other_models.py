@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenprune.engine.config import engine_shape
+from tokenprune.server.tap import layout_of, plan_explicit
 
 from tests.e2e.other_checkpoints import IMAGE, NAMES, build
 from tests.e2e.support import TEXT, Answer, Ask, Engine, image, visual
-from tokenprune.engine.config import engine_shape
 from tokenprune.errors import PolicyError
 from tokenprune.policies import EngineShape
 from tokenprune.request import RequestPlan, parse_flat
-from tokenprune.server.tap import layout_of, plan_explicit
 
 pytestmark = pytest.mark.vllm
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenprune.policies.vflowopt import VFlowOpt
 
 from tests.e2e.like import compare
 from tests.e2e.oracle import Oracle
@@ -30,7 +31,6 @@ from tests.e2e.support import (
 )
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import ImageInputs
-from tokenprune.policies.vflowopt import VFlowOpt
 
 pytestmark = pytest.mark.vllm
 

@@ -20,6 +20,8 @@ pytest.importorskip("vllm", reason="needs vLLM")
 SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
 MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+WORKER = "vllm.v1.worker.gpu_worker:Worker"
+OUTPUT_PROCESSOR = "vllm.v1.engine.output_processor:OutputProcessor"
 STATE = "vllm.v1.worker.gpu.model_states.default:DefaultModelState"
 ENCODER_CACHE = "vllm.v1.worker.gpu.mm.encoder_cache:EncoderCache"
 TABLES = "vllm.v1.worker.gpu.block_table:BlockTables"
@@ -56,6 +58,7 @@ OVERRIDDEN = [
     (SCHEDULER, "schedule", ""),
     (SCHEDULER, "add_request", "request"),
     (SCHEDULER, "_free_blocks", "request"),
+    (SCHEDULER, "update_from_output", "scheduler_output model_runner_output"),
     (MANAGER, "get_num_blocks_to_allocate", "request_id num_tokens"),
     (MANAGER, "allocate_new_blocks", "request_id num_tokens"),
     (MANAGER, "cache_blocks", "request"),
@@ -65,6 +68,9 @@ OVERRIDDEN = [
     (RUNNER, "update_requests", "scheduler_output"),
     (RUNNER, "_remove_request", "req_id"),
     (RUNNER, "execute_model", "scheduler_output"),
+    (WORKER, "execute_model", "scheduler_output"),
+    (WORKER, "sample_tokens", "grammar_output"),
+    (OUTPUT_PROCESSOR, "update_scheduler_stats", "scheduler_stats"),
     (RUNNER, "get_kv_cache_spec", ""),
     (RUNNER, "load_model", ""),
     (RUNNER, "initialize_kv_cache", ""),
@@ -84,7 +90,7 @@ OVERRIDDEN = [
     (TABLES, "compute_slot_mappings", "idx_mapping query_start_loc positions"),
     (GRAPHS, "dispatch", "num_reqs num_tokens"),
     (BUILDER, "update_block_table", "metadata blk_table slot_mapping"),
-    ("vllm.v1.worker.gpu_worker:Worker", "_make_model_runner", ""),
+    (WORKER, "_make_model_runner", ""),
 ]
 
 
@@ -133,6 +139,11 @@ def test_a_method_takes_the_keyword_we_use(path, method, keyword):
             "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens",
         ),
         ("vllm.v1.core.sched.output:CachedRequestData", "req_ids num_computed_tokens"),
+        (
+            "vllm.v1.metrics.stats:SchedulerStats",
+            "num_running_reqs num_waiting_reqs num_skipped_waiting_reqs "
+            "num_kv_fetch_reqs_by_stage kv_cache_usage",
+        ),
         (
             "vllm.v1.kv_cache_interface:FullAttentionSpec",
             "block_size sliding_window attention_chunk_size",
@@ -188,7 +199,7 @@ def test_an_object_has_the_attributes_we_read(path, attributes):
         (
             "vllm.config:ParallelConfig",
             "pipeline_parallel_size decode_context_parallel_size prefill_context_parallel_size "
-            "use_ubatching worker_cls",
+            "use_ubatching worker_cls tensor_parallel_size data_parallel_index _api_process_count",
         ),
         (
             "vllm.config:SchedulerConfig",
@@ -248,6 +259,26 @@ def test_a_scheduler_output_carries_our_attribute_to_the_worker():
     output = load("vllm.v1.core.sched.output:SchedulerOutput").make_empty()
     output.tokenprune = {"r": (5, (5, 3))}
     assert pickle.loads(pickle.dumps(output)).tokenprune == {"r": (5, (5, 3))}
+
+
+def test_vllms_loggers_read_only_the_stages_they_know_from_the_field_that_carries_figures():
+    # `tokenprune.engine.reporting` puts a key of its own there, with the value 0
+    source = inspect.getsource(load("vllm.v1.metrics.loggers:"))
+    assert source.count("num_kv_fetch_reqs_by_stage") == 4, "a new reader"
+    assert source.count("num_kv_fetch_reqs_by_stage.get(stage, 0)") == 1
+    assert "if any(kv_fetch.values())" in source
+
+
+def test_scheduler_stats_are_told_before_any_logger_and_without_one():
+    source = inspect.getsource(load("vllm.v1.engine.async_llm:AsyncLLM._run_output_handler"))
+    told = source.index("output_processor.update_scheduler_stats(outputs.scheduler_stats)")
+    assert told < source.index("if logger_ref[0]:")
+
+
+def test_a_finished_request_is_followed_by_a_step_even_if_it_was_the_last():
+    # it brings the figures of the last step with tokens
+    source = inspect.getsource(load("vllm.v1.core.sched.interface:SchedulerInterface.has_requests"))
+    assert "self.has_unfinished_requests() or self.has_finished_requests()" in source
 
 
 def test_the_admission_check_says_that_it_is_one():

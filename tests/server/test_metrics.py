@@ -1,14 +1,20 @@
-"""Metrics as they stand on the page: counted requests, and figures fetched from the engine."""
-
-import asyncio
-from collections.abc import Iterator
-from typing import Any
+"""Metrics as they stand on the page: counted requests, and figures the engine sends."""
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    generate_latest,
+)
 
+from tokenprune.figures import BUCKET_SECONDS, KVTokens, Op, OpTimes, VisualTokens, WorkerFigures
 from tokenprune.lengths import PromptLayout
 from tokenprune.plan import make_plan
+from tokenprune.policies import methods
 from tokenprune.request import parse_pruning
 from tokenprune.server.metrics import (
     ENGINE_FIGURES,
@@ -17,7 +23,7 @@ from tokenprune.server.metrics import (
     count_refused,
     count_served,
 )
-from tokenprune.server.scrape import MetricsPage
+from tokenprune.server.metrics_page import attach_metrics_page
 from tokenprune.server.usage import PromptRecord, RequestRecord
 from tokenprune.shape import EngineShape, ModelShape
 
@@ -25,43 +31,78 @@ ENGINE = EngineShape(num_layers=8, boundaries=(0, 2, 3), max_num_batched_tokens=
 MODEL = ModelShape(hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_size=16)
 
 
-def worker(kept: int, saved: int) -> dict[str, Any]:
-    return {
-        "op_seconds": {"score": {"count": 3, "sum": 0.6, "buckets": [1, 2]}},
-        "bucket_bounds": [0.1, 0.3],
-        "kv_bytes_saved": saved,
-        "visual_tokens": {"uniform": {"seen": 100, "kept": kept}},
-        "kv_tokens": {"lagkv": {"written": 7.5}},
-        "kv_blocks_freed": {"lagkv": 3},
-    }
+def engine(kept: int, saved: int) -> str:
+    return WorkerFigures(
+        ops={Op.SELECT: OpTimes(3, 0.6, (*(0 for _ in BUCKET_SECONDS[:-2]), 2, 3))},
+        visual_tokens={"uniform": VisualTokens(seen=100, kept=kept)},
+        kv_tokens={"lagkv": KVTokens(written=7.5)},
+        kv_blocks_freed={"lagkv": 3},
+        kv_bytes_saved=saved,
+    ).to_json()
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(name, labels)
 
 
 @pytest.fixture
-def registry() -> CollectorRegistry:
-    figures = EngineFigures()
-    # two data-parallel engines, the first one of two tensor-parallel ranks
-    figures.update([[worker(25, 10), worker(25, 10)], [worker(50, 1)]])
+def figures() -> EngineFigures:
+    return EngineFigures()
+
+
+@pytest.fixture
+def registry(figures: EngineFigures) -> CollectorRegistry:
     registry = CollectorRegistry()
     registry.register(figures)
     return registry
 
 
-def test_engines_add_up_and_ranks_of_one_engine_do_not(registry: CollectorRegistry) -> None:
-    def value(name: str, **labels: str) -> float | None:
-        return registry.get_sample_value(name, labels)
+def test_engines_add_up(figures: EngineFigures, registry: CollectorRegistry) -> None:
+    figures.take(0, engine(25, 20))
+    figures.take(1, engine(50, 1))
+    assert value(registry, "tokenprune_visual_tokens_total", method="uniform", state="seen") == 200
+    assert value(registry, "tokenprune_visual_tokens_total", method="uniform", state="kept") == 75
+    assert value(registry, "tokenprune_kv_tokens_total", method="lagkv", state="written") == 15
+    assert value(registry, "tokenprune_kv_blocks_freed_total", method="lagkv") == 6
+    assert value(registry, "tokenprune_op_seconds_count", op="select") == 6
+    assert value(registry, "tokenprune_op_seconds_sum", op="select") == pytest.approx(1.2)
+    assert value(registry, "tokenprune_op_seconds_bucket", op="select", le="0.5") == 4
+    assert value(registry, "tokenprune_op_seconds_bucket", op="select", le="+Inf") == 6
+    assert value(registry, "tokenprune_kv_bytes_saved") == 21
 
-    assert value("tokenprune_visual_tokens_total", method="uniform", state="seen") == 200
-    assert value("tokenprune_visual_tokens_total", method="uniform", state="kept") == 75
-    assert value("tokenprune_kv_tokens_total", method="lagkv", state="written") == 15
-    assert value("tokenprune_kv_blocks_freed_total", method="lagkv") == 6
-    assert value("tokenprune_op_seconds_count", op="score") == 6
-    assert value("tokenprune_op_seconds_sum", op="score") == pytest.approx(1.2)
-    assert value("tokenprune_op_seconds_bucket", op="score", le="0.3") == 4
-    assert value("tokenprune_op_seconds_bucket", op="score", le="+Inf") == 6
+
+def test_an_engine_s_new_figures_replace_its_old_ones(
+    figures: EngineFigures, registry: CollectorRegistry
+) -> None:
+    figures.take(0, engine(25, 20))
+    figures.take(0, engine(30, 5))
+    assert value(registry, "tokenprune_visual_tokens_total", method="uniform", state="kept") == 30
+    assert value(registry, "tokenprune_kv_bytes_saved") == 5
 
 
-def test_bytes_saved_add_up_over_every_rank(registry: CollectorRegistry) -> None:
-    assert registry.get_sample_value("tokenprune_kv_bytes_saved") == 21
+def test_the_last_figures_stay_when_no_more_arrive(
+    figures: EngineFigures, registry: CollectorRegistry
+) -> None:
+    figures.take(0, engine(25, 20))
+    line = b'tokenprune_visual_tokens_total{method="uniform",state="kept"} 25.0'
+    assert [line in generate_latest(registry) for _ in range(3)] == [True] * 3
+
+
+def test_every_label_is_on_the_page_before_anything_happened(registry: CollectorRegistry) -> None:
+    for op in Op:
+        assert value(registry, "tokenprune_op_seconds_count", op=op) == 0
+        assert value(registry, "tokenprune_op_seconds_bucket", op=op, le="+Inf") == 0
+    for method in methods("visual"):
+        for state in ("seen", "kept"):
+            labels = {"method": method, "state": state}
+            assert value(registry, "tokenprune_visual_tokens_total", **labels) == 0
+    for method in methods("kv"):
+        for state in ("written", "evicted"):
+            assert value(registry, "tokenprune_kv_tokens_total", method=method, state=state) == 0
+    for method in ("lagkv", "think", "lagkv+think"):
+        assert value(registry, "tokenprune_kv_blocks_freed_total", method=method) == 0
+    for state in ("full", "spent"):
+        assert value(REGISTRY, "tokenprune_prefill_flops_total", state=state) is not None
 
 
 def requests(visual: str, outcome: str) -> float:
@@ -114,47 +155,21 @@ def test_unpruned_requests_are_counted_as_off() -> None:
     assert requests("none", "off") == before + 1
 
 
-@pytest.fixture
-def no_figures() -> Iterator[None]:
-    yield
-    ENGINE_FIGURES.update([])
+def test_with_one_api_process_the_page_stays_vllms() -> None:
+    app = FastAPI()
+    before = len(app.routes)
+    attach_metrics_page(app, REGISTRY)
+    assert len(app.routes) == before
+    assert ENGINE_FIGURES in set(REGISTRY._collector_to_names)
 
 
-def page(*fetches: Any) -> list[str]:
-    async def render() -> list[str]:
-        metrics = MetricsPage(REGISTRY)
-        pages = []
-        for fetch in fetches:
-            metrics.fetch = fetch
-            metrics._asked_at = float("-inf")
-            pages.append(bytes((await metrics.render()).body).decode())
-        return pages
-
-    return asyncio.run(render())
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_dead_engine_leaves_the_page_with_the_last_figures(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async def alive() -> Any:
-        return [[worker(25, 10)]]
-
-    async def dead() -> Any:
-        raise RuntimeError("engine is dead")
-
-    first, second = page(alive, dead)
-    line = 'tokenprune_visual_tokens_total{method="uniform",state="kept"} 25.0'
-    assert line in first
-    assert line in second
-    assert "engine is dead" in caplog.text
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_busy_engine_does_not_hold_the_page_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def busy() -> Any:
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr("tokenprune.server.scrape._MAX_WAIT_SECONDS", 0.01)
-    (shown,) = page(busy)
-    assert "tokenprune_kv_bytes_saved" in shown
+def test_with_several_api_processes_the_page_adds_the_figures_to_the_files() -> None:
+    app, files = FastAPI(), CollectorRegistry()
+    Counter("of_all_processes", "Stands for what vLLM reads from files.", registry=files)
+    attach_metrics_page(app, files)
+    answer = TestClient(app).get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == CONTENT_TYPE_LATEST
+    assert "of_all_processes_total 0.0" in answer.text
+    assert "tokenprune_kv_bytes_saved" in answer.text
+    assert "tokenprune_requests_total" not in answer.text, "it is in the files already"

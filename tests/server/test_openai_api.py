@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 from PIL import Image
 
@@ -29,6 +30,8 @@ VISUAL_TOKENS = 144
 MAX_BATCHED_TOKENS = 512
 START_SECONDS = 300
 STOP_SECONDS = 60
+# longer than any question to a worker may take that has a time limit, such as vLLM's own 10 s
+STOPPED_SECONDS = 12
 
 TRANSPRUNE = {"visual": {"method": "transprune", "keep_ratio": 0.25}}
 # cuts on boundaries of the engine, so that the counts can be written down: 144, 72, 36, 36
@@ -61,8 +64,9 @@ class Answer:
 
 
 class Server:
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, pid: int) -> None:
         self.base_url = base_url
+        self.pid = pid
         self.client = openai.OpenAI(
             base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=120
         )
@@ -84,10 +88,19 @@ class Server:
         assert [c.usage is not None for c in chunks] == [False] * (len(chunks) - 1) + [True]
         return Answer(text, chunks[-1].usage.model_dump(exclude_none=True), header)
 
+    def metrics_page(self) -> str:
+        # far above what a page takes, far below how long the worker is stopped here
+        answer = httpx.get(f"{self.base_url}/metrics", timeout=5)
+        assert answer.status_code == 200
+        return answer.text
+
+    def workers(self) -> list[psutil.Process]:
+        return [p for p in psutil.Process(self.pid).children(recursive=True) if _is_worker(p)]
+
     def metrics(self) -> dict[str, float]:
-        # an answer younger than this may be an earlier page's
-        time.sleep(0.6)
-        lines = httpx.get(f"{self.base_url}/metrics").text.splitlines()
+        # figures of an answer's last step come with the step after it
+        time.sleep(0.3)
+        lines = self.metrics_page().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if line.startswith("tokenprune_"))
         return {name: float(value) for name, value in samples}
 
@@ -113,7 +126,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
-        started = Server(f"http://127.0.0.1:{port}")
+        started = Server(f"http://127.0.0.1:{port}", process.pid)
         _wait_until_healthy(started, process, log)
         yield started
     finally:
@@ -122,6 +135,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return any(part.startswith("VLLM::Worker") for part in process.cmdline())
 
 
 def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -493,3 +510,41 @@ def test_metrics_count_what_happened(server: Server) -> None:
     timed = [name for name in after if name.startswith("tokenprune_op_seconds_count")]
     assert timed
     assert any(grown(name) > 0 for name in timed)
+
+
+def test_figures_of_a_last_answer_reach_the_page_although_no_request_follows(
+    server: Server,
+) -> None:
+    kv = {"method": "lagkv", "sink": 4, "lag": 16, "keep_ratio": 0.25}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.chat, pruning={"kv": kv}, messages=LONG, max_tokens=500)
+        saved = 0.0
+        while not running.done():
+            saved = max(saved, server.metrics()["tokenprune_kv_bytes_saved"])
+        running.result()
+    assert saved > 0, "shown while it runs"
+    assert server.metrics()["tokenprune_kv_bytes_saved"] == 0
+
+
+# the last one of this module: where it fails, the server is gone
+def test_a_scrape_neither_waits_for_a_stopped_worker_nor_breaks_the_steps_after_it(
+    server: Server, unpruned: Answer
+) -> None:
+    (worker,) = server.workers()
+    with ThreadPoolExecutor(1) as pool:
+        worker.suspend()
+        try:
+            # once while idle, then with a step in flight
+            server.metrics_page()
+            answer = pool.submit(server.chat)
+            deadline = time.monotonic() + STOPPED_SECONDS
+            while time.monotonic() < deadline:
+                server.metrics_page()
+                time.sleep(0.5)
+            assert not answer.done()
+        finally:
+            worker.resume()
+        assert answer.result() == unpruned
+    assert httpx.get(f"{server.base_url}/health").status_code == 200
+    assert server.chat(pruning=UNIFORM).pruning["applied"]["visual"] == "uniform"
+    assert server.chat() == unpruned

@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 
 from tokenprune.engine.kv_cache import StagedManager, shape_of_cache
 from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
+from tokenprune.engine.reporting import Relay
 from tokenprune.engine.request_table import EXPECTED_LENGTHS
 from tokenprune.engine.shape import engine_shape
 from tokenprune.engine.startup import check_supported
@@ -28,6 +29,7 @@ class PruningScheduler(AsyncScheduler):
         check_supported(self.vllm_config)
         self._shape = engine_shape(self.vllm_config)
         self._plans: dict[str, RequestPlan] = {}
+        self._relay = Relay(self.vllm_config)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._managers = [m for m in managers if isinstance(m, StagedManager)]
         for manager in self._managers:
@@ -118,6 +120,12 @@ class PruningScheduler(AsyncScheduler):
                     expected[request_id] = (computed, plan.lengths.all_stages(computed), blocks)
             setattr(output, EXPECTED_LENGTHS, expected)
         return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, output: Any) -> Any:
+        """Take the step's result, and hand the worker's figures on."""
+        outputs = super().update_from_output(scheduler_output, output)
+        self._relay.hand_on(output, outputs)
+        return outputs
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)

@@ -1,7 +1,8 @@
-"""The worker: builds our runner, and answers the API process's questions."""
+"""The worker: builds our runner, reports its figures, and answers questions."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -9,7 +10,9 @@ from vllm.platforms import current_platform
 
 from tokenprune.engine.compat import check_version
 from tokenprune.engine.hidden_recorder import HiddenRecorder
+from tokenprune.engine.reporting import Reporter
 from tokenprune.engine.startup import check_supported
+from tokenprune.figures import WorkerFigures
 from tokenprune.shape import Feature
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ class PruningWorker(PlatformWorker):
         check_version()
         check_supported(self.vllm_config)
         self._last_hidden: HiddenRecorder | None = None
+        self._reporter = Reporter(self._figures)
 
     def init_device(self) -> None:
         """Initialise the device and build our runner."""
@@ -50,11 +54,18 @@ class PruningWorker(PlatformWorker):
         return PruningModelRunner(self.vllm_config, self.device)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Run a step, and record hidden states if somebody asked for them."""
+        """Run a step, record hidden states if somebody asked for them, and report figures."""
         result = super().execute_model(scheduler_output)
         if self._last_hidden is not None:
             self._last_hidden.observe(scheduler_output, self.model_runner.execute_model_state)
+        if self.is_driver_worker and scheduler_output.total_num_scheduled_tokens == 0:
+            return self._reporter.without_tokens(result)
         return result
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample the step's tokens, and report figures."""
+        result = super().sample_tokens(grammar_output)
+        return self._reporter.after_tokens(result) if self.is_driver_worker else result
 
     def tokenprune_record_last_hidden(self) -> None:
         """Record the last hidden state of prompts that ask for it from now on."""
@@ -74,6 +85,11 @@ class PruningWorker(PlatformWorker):
         return dict(shape.unsupported), shape.block_size
 
     def tokenprune_stats(self) -> dict[str, Any]:
-        """Return this worker's figures since the engine started, as plain data."""
+        """Return the figures as plain data, for callers that have no metrics page."""
+        return asdict(self._figures())
+
+    def _figures(self) -> WorkerFigures:
         runner = self.model_runner
-        return {**runner.stats.snapshot(), "kv_bytes_saved": runner.kv_bytes_saved()}
+        # each rank holds as many blocks as this one, for its own heads
+        ranks = self.parallel_config.tensor_parallel_size
+        return runner.stats.figures(runner.kv_bytes_saved() * ranks)

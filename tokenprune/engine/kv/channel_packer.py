@@ -22,6 +22,7 @@ from tokenprune.engine.kv.cache_layers import MAX_READ, CacheLayer
 from tokenprune.engine.kv.query_observer import QueryObserver
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PackingWork, PrunedRequest, PrunedStep, packing_due
+from tokenprune.figures import Op
 from tokenprune.kernels import ROW_FIELDS, pack, packed_decode_attention, places_of
 from tokenprune.policies import ChannelInputs, ChannelPlan
 
@@ -171,11 +172,11 @@ class ChannelPacker:
             return
         for place, layer in enumerate(self._layers):
             if chooses:
-                with self._stats.time("channel_select"):
+                with self._stats.time(Op.CHANNEL_SELECT):
                     self._choose(layer, place, request, plan, index, after)
             work = due[layer.stage]
             if work is not None:
-                with self._stats.time("channel_pack"):
+                with self._stats.time(Op.CHANNEL_PACK):
                     self._pack(layer, work, index)
 
     def _choose(

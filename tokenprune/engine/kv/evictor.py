@@ -17,6 +17,7 @@ from tokenprune.engine.kv.cache_layers import MAX_READ, CacheLayer
 from tokenprune.engine.kv.query_observer import QueryObserver
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import EvictionWork, PrunedRequest, PrunedStep, eviction_due
+from tokenprune.figures import Op
 from tokenprune.kernels import lag_keep
 from tokenprune.policies import KVPolicy, Segments
 from tokenprune.shape import EngineShape
@@ -78,7 +79,7 @@ class Evictor:
                 self._cut_down(policy, work, layer, place, index)
                 begin = work.begin + work.count * work.keep
                 rest = work.begin + work.count * work.lag
-            with self._stats.time("kv_compact"):
+            with self._stats.time(Op.KV_COMPACT):
                 newest = torch.arange(rest, work.end, device=layer.cache.device)[None]
                 layer.layout.move(layer.cache, layer.blocks[index], newest, begin)
 
@@ -91,12 +92,12 @@ class Evictor:
         for done in range(0, work.count, at_once):
             count = min(at_once, work.count - done)
             begin = work.begin + done * lag
-            with self._stats.time("kv_select"):
+            with self._stats.time(Op.KV_SELECT):
                 segments = self._segments(
                     policy, layer, place, index, begin, count, work.first + done, lag
                 )
                 kept = lag_keep(self._scores(policy, segments), work.keep)
-            with self._stats.time("kv_compact"):
+            with self._stats.time(Op.KV_COMPACT):
                 offsets = torch.arange(begin, begin + count * lag, lag, device=cache.device)
                 source = (kept + offsets[:, None]).flatten(1)
                 layer.layout.move(cache, blocks, source, work.begin + done * work.keep)

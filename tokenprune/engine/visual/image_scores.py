@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from tokenprune.engine.families.base import ImageScores, Tower
 from tokenprune.engine.guard import PolicyGuard, checked
 from tokenprune.engine.stats import WorkerStats
+from tokenprune.figures import Op
 from tokenprune.policies import CropInputs, ImagePolicy
 
 # scores of one image with different parameters; each is four bytes a token
@@ -141,7 +142,7 @@ class ImageScorer:
             query, key = (
                 tensor_model_parallel_all_gather(x.contiguous(), dim=1) for x in (query, key)
             )
-        with self._stats.time("image_importance"):
+        with self._stats.time(Op.IMAGE_IMPORTANCE):
             for crop in range(len(query)):
                 inputs = CropInputs(
                     query=query[crop],

@@ -28,6 +28,7 @@ from tokenprune.engine.visual.image_scores import ImageScorer
 from tokenprune.engine.visual.image_selection import ImageSelection
 from tokenprune.engine.visual.prompt_selection import PromptSelection
 from tokenprune.engine.visual.query_key_probe import QueryKeyProbe
+from tokenprune.figures import Op
 from tokenprune.policies import AfterPrompt, KnownRows, PerImage
 from tokenprune.shape import EngineShape
 
@@ -168,7 +169,7 @@ class StagedPrefill:
                 merged = self._choose_images(inputs["hidden_states"]) if index == 0 else {}
                 kept = self._cut(step, stage, layer, inputs)
                 if kept is not None:
-                    with self._stats.time("gather"):
+                    with self._stats.time(Op.GATHER):
                         inputs = _gathered(inputs, kept)
                         for first, features in merged.items():
                             inputs["hidden_states"][first : first + len(features)] = features
@@ -190,7 +191,7 @@ class StagedPrefill:
                 x_in = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 begin = int(step.starts(step.stage)[selection.index])
                 rows = slice(begin, begin + selection.num_prompt_rows)
-                with self._stats.time("transition_scores"):
+                with self._stats.time(Op.OBSERVE):
                     selection.observe(x_in[rows], output[rows])
 
         return hook
@@ -200,7 +201,7 @@ class StagedPrefill:
         if torch.compiler.is_compiling() or step is None or step.rows is None:
             return None
         full = []
-        with self._stats.time("scatter"):
+        with self._stats.time(Op.SCATTER):
             for x in args:
                 # dropped rows stay zero; nothing samples from them
                 out = x.new_zeros((int(step.full_starts[-1]), x.shape[-1]))
@@ -214,7 +215,7 @@ class StagedPrefill:
         merged = {}
         for selection in step.images:
             begin = int(step.full_starts[selection.index])
-            with self._stats.time("select"):
+            with self._stats.time(Op.SELECT):
                 rows, replaced = selection.choose(
                     hidden[begin : begin + selection.count], len(step.stages)
                 )
@@ -258,10 +259,10 @@ class StagedPrefill:
             rows = torch.arange(begin, begin + selection.num_prompt_rows, device=self._device)
             # gathered, so the layer may overwrite them
             query, key = self._probe.read(layer, _gathered(inputs, rows))
-            with self._stats.time("instruction_attention"):
+            with self._stats.time(Op.INSTRUCTION_ATTENTION):
                 return selection.attention_of_text(query, key, float(layer.core.impl.scale))
 
-        with self._stats.time("select"):
+        with self._stats.time(Op.SELECT):
             return selection.choose(dropped, attention)
 
 
