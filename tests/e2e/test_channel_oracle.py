@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.like import compare
-from tests.e2e.oracle import Oracle, Thinned
 from tests.e2e.support import (
     COMPARE,
     DESCRIBE,
@@ -24,6 +22,8 @@ from tests.e2e.support import (
     kv,
     visual,
 )
+from tests.oracle.loop import Oracle, Thinned
+from tests.oracle.request import compare
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import ChannelInputs
 from tokenprune.policies.think import Think

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.like import compare
-from tests.e2e.oracle import Evicted, Oracle, lag_choice
 from tests.e2e.support import (
     COMPARE,
     DESCRIBE,
@@ -23,6 +21,8 @@ from tests.e2e.support import (
     kv,
     visual,
 )
+from tests.oracle.loop import Evicted, Oracle, lag_choice
+from tests.oracle.request import compare
 from tokenprune.policies import PartitionInputs
 
 pytestmark = pytest.mark.vllm

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.like import compare
-from tests.e2e.oracle import Oracle
 from tests.e2e.support import (
     COMPARE,
     DESCRIBE,
@@ -20,6 +18,8 @@ from tests.e2e.support import (
     Engine,
     visual,
 )
+from tests.oracle.loop import Oracle
+from tests.oracle.request import compare
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import SelectInputs
 from tokenprune.policies.transprune import TransPrune

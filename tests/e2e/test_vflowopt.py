@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.e2e.like import compare
-from tests.e2e.oracle import Oracle
 from tests.e2e.support import (
     COMPARE,
     DESCRIBE,
@@ -28,6 +26,8 @@ from tests.e2e.support import (
     layout_of,
     visual,
 )
+from tests.oracle.loop import Oracle
+from tests.oracle.request import compare
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import ImageInputs
 from tokenprune.policies.vflowopt import VFlowOpt

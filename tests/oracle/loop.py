@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.recycling import recycled
+from tests.oracle.recycling import recycled
 
 # an image, or the frames of a video as `[frames, height, width, 3]`
 Picture = Image.Image | np.ndarray

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tests.e2e.oracle import Evicted, Oracle, Pruned, Thinned, Trace, lag_choice
 from tests.e2e.support import SHAPE, Answer, Ask, image, layout_of, policy_of
+from tests.oracle.loop import Evicted, Oracle, Pruned, Thinned, Trace, lag_choice
 from tokenprune.policies import PartitionInputs
 from tokenprune.policies.kv_random import RandomKV
 

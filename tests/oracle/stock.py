@@ -53,7 +53,7 @@ def stock_answers(checkpoint: Path, runner: str) -> list[list[list[Any]]]:
     ours = ("PYTHONPATH", "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.reference", str(checkpoint), runner],
+        [sys.executable, "-m", "tests.oracle.stock", str(checkpoint), runner],
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,
