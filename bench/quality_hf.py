@@ -116,8 +116,8 @@ class Checker:
         answers.add(cell, item.index, HF, **fields)
 
     def _pruned(self, cell: Cell, index: int, prompt: str, pictures: list[Image.Image]) -> Any:
-        from tests.e2e.support import layout_of
-        from tests.oracle.loop import Pruned
+        from tests.oracle.request import layout_of
+        from tests.oracle.visual import Pruned
 
         pruning = parse_pruning(cell.pruning(index))
         if pruning.is_off:

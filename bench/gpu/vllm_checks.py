@@ -108,7 +108,7 @@ def _sequences(answers):
 
 
 def check_keep_all(engine, tolerance):
-    from tests.e2e.support import COMPARE, DESCRIBE, Ask, visual
+    from tests.oracle.asks import COMPARE, DESCRIBE, Ask, visual
 
     for method in ("uniform", "random", "transprune"):
         worst, equal = 0.0, True
@@ -121,9 +121,9 @@ def check_keep_all(engine, tolerance):
 
 
 def check_oracle(engine, checkpoint, watch, tolerance, agreement):
-    from tests.e2e.support import COMPARE, DESCRIBE, SHAPE, Ask, image, visual
+    from tests.oracle.asks import COMPARE, DESCRIBE, Ask, image, visual
     from tests.oracle.loop import Oracle
-    from tests.oracle.request import pruned_like
+    from tests.oracle.request import SHAPE, pruned_like
 
     oracle = Oracle(checkpoint)
     cases = {

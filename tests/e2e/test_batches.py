@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.support import COMPARE, DESCRIBE, TEXT, Answer, Ask, Engine, image, visual
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, Answer, Ask, image, visual
 from tokenprune.errors import DivergenceError
 
 pytestmark = pytest.mark.vllm

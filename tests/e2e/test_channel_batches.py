@@ -9,19 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.support import (
-    COMPARE,
-    DESCRIBE,
-    STORY,
-    TEXT,
-    Answer,
-    Ask,
-    Engine,
-    channels,
-    kv,
-    visual,
-)
+from tests.e2e.support import Engine
 from tests.e2e.test_batches import ROUNDING, count_preemptions, drain, internal_id, start
+from tests.oracle.asks import COMPARE, DESCRIBE, STORY, TEXT, Answer, Ask, channels, kv, visual
 
 pytestmark = pytest.mark.vllm
 

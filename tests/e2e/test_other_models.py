@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.other_checkpoints import IMAGE, NAMES, build
-from tests.e2e.support import TEXT, Answer, Ask, Engine, image, visual
+from tests.e2e.support import Engine
+from tests.oracle.asks import TEXT, Answer, Ask, image, visual
 from tokenprune.engine.config import engine_shape
 from tokenprune.errors import PolicyError
 from tokenprune.policies import EngineShape

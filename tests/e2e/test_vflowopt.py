@@ -13,21 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.e2e.support import (
-    COMPARE,
-    DESCRIBE,
-    TEXT,
-    TOLERANCE,
-    WIDE,
-    Answer,
-    Ask,
-    Engine,
-    image,
-    layout_of,
-    visual,
-)
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, WIDE, Answer, Ask, image, visual
 from tests.oracle.loop import Oracle
-from tests.oracle.request import compare
+from tests.oracle.request import assert_like_oracle, layout_of
+from tests.oracle.visual import importance_of
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import ImageInputs
 from tokenprune.policies.vflowopt import VFlowOpt
@@ -45,14 +35,6 @@ def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any
     if keep_ratio is None:
         del keys["pruning_visual_keep_ratio"]
     return keys
-
-
-def assert_like_oracle(
-    oracle: Oracle, ask: Ask, answer: Answer, pictures: list[Any] | None = None
-) -> dict[int, list[int]]:
-    found = compare(oracle, ask, answer, pictures=pictures)
-    assert found.difference <= TOLERANCE
-    return found.trace.kept
 
 
 STORY = "USER: <image>\nA first one. <image> Then another, <image>\nWhich was it?\nASSISTANT:"
@@ -96,7 +78,7 @@ def answers(engine: Engine) -> dict[str, Answer]:
 def test_engine_equals_a_transformers_loop_with_the_same_rows_and_folded_features(
     answers: dict[str, Answer], oracle: Oracle, name: str
 ) -> None:
-    kept = assert_like_oracle(oracle, CASES[name], answers[name])
+    kept = assert_like_oracle(oracle, CASES[name], answers[name]).trace.kept
     assert bool(kept) == (name not in ("off", "text", "keeps-all"))
 
 
@@ -310,7 +292,7 @@ def test_the_frames_of_a_video_equal_their_oracle(tmp_path: Path) -> None:
             ask = Ask(prompt, (), pruning)
             data = {"video": [film], "image": [image(5)]}
             (answer,) = engine.ask_with(ask, data)
-            assert_like_oracle(oracle, ask, answer, [film, image(5)])
+            assert_like_oracle(oracle, ask, answer, pictures=[film, image(5)])
         assert engine.blocks_missing == 0
     finally:
         engine.close()
@@ -338,9 +320,9 @@ def test_tiles_and_line_breaks_equal_their_oracle(
             Ask(COMPARE, (WIDE + 1, 2), vflowopt(0.2, threshold=1.5)),
         ]
         for ask, answer in zip(asks, engine.ask(*asks), strict=True):
-            kept = assert_like_oracle(oracle, ask, answer)
+            kept = assert_like_oracle(oracle, ask, answer).trace.kept
             if ask.pruning and ask.images == (WIDE,):
-                importance, grids = oracle.importance(image(WIDE), 1.5, 0)
+                importance, grids = importance_of(oracle, image(WIDE), 1.5, 0)
                 assert grids[1][0] < 4 * 144 + 24, "the wide picture must be unpadded"
                 breaks = [i for i, x in enumerate(importance) if math.isinf(x)]
                 first = kept[0]

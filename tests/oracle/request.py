@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tests.e2e.support import SHAPE, Answer, Ask, image, layout_of, policy_of
-from tests.oracle.loop import Evicted, Oracle, Pruned, Thinned, Trace, lag_choice
-from tokenprune.policies import PartitionInputs
+from tests.oracle.asks import TOLERANCE, Answer, Ask, image
+from tests.oracle.channels import Thinned
+from tests.oracle.kv import Evicted, lag_choice
+from tests.oracle.loop import Oracle, Trace
+from tests.oracle.visual import Pruned
+from tokenprune.lengths import PromptLayout
+from tokenprune.policies import EngineShape, PartitionInputs, VisualPolicy
 from tokenprune.policies.kv_random import RandomKV
+from tokenprune.request import parse_pruning
 
 BLOCK = 32
+SHAPE = EngineShape(8, (0, 2, 3, 5), 2048)
 
 
 @dataclass
@@ -60,13 +66,28 @@ def compare(
     return Comparison(largest, trace, evicted, thinned)
 
 
+def assert_like_oracle(
+    oracle: Oracle,
+    ask: Ask,
+    answer: Answer,
+    *,
+    chunk: int | None = None,
+    pictures: list[Any] | None = None,
+) -> Comparison:
+    """Compare as `compare` does, and refuse log-probs that are further off than rounding is."""
+    found = compare(oracle, ask, answer, chunk=chunk, pictures=pictures)
+    assert found.difference <= TOLERANCE, ask
+    return found
+
+
 def pruned_like(oracle: Oracle, ask: Ask, images: list[Any]) -> Pruned | None:
     """Return which rows are dropped, or None."""
     keys = _keys(ask, "visual")
     if not keys:
         return None
     _, rows = oracle.embed(ask.prompt, images)
-    policy = policy_of({f"pruning_visual_{key}": value for key, value in keys.items()})
+    policy = parse_pruning({"visual": keys}).policy("visual")
+    assert isinstance(policy, VisualPolicy)
     return Pruned.like(policy, layout_of(rows), SHAPE)
 
 
@@ -97,6 +118,18 @@ def thinned_like(ask: Ask, head_size: int) -> Thinned | None:
     tokens = BLOCK * 2 * head_size // (kept + values)
     generated = keys.get("pack_generated", True)
     return Thinned(kept, values, keys["window"], keys["recent"], tokens, generated)
+
+
+def layout_of(visual_rows: Any) -> PromptLayout:
+    """Return the layout of a prompt from its bool mask of visual rows."""
+    spans, start = [], None
+    for i, flag in enumerate([*visual_rows.tolist(), False]):
+        if flag and start is None:
+            start = i
+        elif not flag and start is not None:
+            spans.append((start, i))
+            start = None
+    return PromptLayout(len(visual_rows), tuple(spans))
 
 
 def _keys(ask: Ask, axis: str) -> dict[str, Any]:

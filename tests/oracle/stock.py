@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.support import COMPARE, DESCRIBE, TEXT, Engine, image
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, image
 
 REQUESTS: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     (TEXT, (), {"temperature": 0}),
