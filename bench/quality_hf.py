@@ -1,6 +1,6 @@
 """The check of the served answers: a transformers loop that drops the same rows, in float64.
 
-The loop is the one that the engine's tests believe in, `tests/e2e/oracle.py`: it takes the kept
+The loop is the one that the engine's tests believe in, `tests/oracle/`: it takes the kept
 counts from the plan and computes scores and forward pass by itself.
 """
 
@@ -66,7 +66,7 @@ class Checker:
             TokenPruneError: This is not a checkout of the repository.
         """
         try:
-            from tests.e2e.oracle import Oracle
+            from tests.oracle.loop import Oracle
         except ImportError as error:
             raise TokenPruneError(
                 f"the HF check must run from the repository root, got {error}; or pass --hf 0"
@@ -117,8 +117,8 @@ class Checker:
         answers.add(cell, item.index, HF, **fields)
 
     def _pruned(self, cell: Cell, index: int, prompt: str, pictures: list[Image.Image]) -> Any:
-        from tests.e2e.oracle import Pruned
-        from tests.e2e.support import layout_of
+        from tests.oracle.request import layout_of
+        from tests.oracle.visual import Pruned
 
         pruning = parse_pruning(cell.pruning(index))
         if pruning.is_off:

@@ -89,7 +89,7 @@ def check_engine(engine, mode, device, watch):
 
 
 def check_off(engine, folder, mode, tolerance):
-    from tests.e2e.reference import answers
+    from tests.oracle.stock import answers
 
     stock = json.loads(Path(folder, f"stock-{mode}.json").read_text())
     ours = json.loads(json.dumps(answers(engine)))
@@ -108,7 +108,7 @@ def _sequences(answers):
 
 
 def check_keep_all(engine, tolerance):
-    from tests.e2e.support import COMPARE, DESCRIBE, Ask, visual
+    from tests.oracle.asks import COMPARE, DESCRIBE, Ask, visual
 
     for method in ("uniform", "random", "transprune"):
         worst, equal = 0.0, True
@@ -121,9 +121,9 @@ def check_keep_all(engine, tolerance):
 
 
 def check_oracle(engine, checkpoint, watch, tolerance, agreement):
-    from tests.e2e.like import pruned_like
-    from tests.e2e.oracle import Oracle
-    from tests.e2e.support import COMPARE, DESCRIBE, SHAPE, Ask, image, visual
+    from tests.oracle.asks import COMPARE, DESCRIBE, Ask, image, visual
+    from tests.oracle.loop import Oracle
+    from tests.oracle.request import SHAPE, pruned_like
 
     oracle = Oracle(checkpoint)
     cases = {
@@ -160,11 +160,11 @@ def check_oracle(engine, checkpoint, watch, tolerance, agreement):
 
 
 def check_cache(engine, checkpoint, dtype, tolerance):
-    from tests.e2e.like import compare
-    from tests.e2e.oracle import Oracle
     from tests.e2e.test_channel_oracle import CASES as PACKED
     from tests.e2e.test_kv_oracle import CASES as EVICTED
     from tests.e2e.test_kv_oracle import ask_of
+    from tests.oracle.loop import Oracle
+    from tests.oracle.request import compare
 
     oracle = Oracle(checkpoint)
     for case in (*EVICTED, *PACKED):
@@ -227,7 +227,7 @@ def main(mode, device, dtype, which, folder):
 
         activate()
     if which == "stock":
-        from tests.e2e.reference import answers
+        from tests.oracle.stock import answers
 
         engine, _ = start(mode, device, dtype, pruning=False)
         Path(folder, f"stock-{mode}.json").write_text(json.dumps(answers(engine)))

@@ -12,7 +12,7 @@ import pytest
 
 from bench.gpu import check
 from bench.gpu.vllm_checks import distance
-from tests.e2e.support import Answer
+from tests.oracle.asks import Answer
 
 
 @pytest.fixture

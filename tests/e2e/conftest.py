@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.oracle import Oracle
 from tests.e2e.support import Engine
+from tests.oracle.loop import Oracle
 from tokenprune.demo.checkpoint import build_checkpoint
 
 # the engine core stays in this process, where tests can look at the scheduler

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.support import COMPARE, DESCRIBE, TEXT, Answer, Ask, Engine, image, visual
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, Answer, Ask, image, visual
 from tokenprune.errors import DivergenceError
 
 pytestmark = pytest.mark.vllm
@@ -225,8 +226,7 @@ def test_a_scheduler_that_counts_otherwise_stops_the_engine_before_it_writes(
         plans = engine.scheduler._plans
         dropped = plans[request_id].lengths.dropped
         wrong = replace(plans[request_id].lengths, dropped=(dropped[0], *dropped[:-1]))
-        visual_plan = replace(plans[request_id].visual, lengths=wrong)
-        plans[request_id] = replace(plans[request_id], visual=visual_plan)
+        plans[request_id] = replace(plans[request_id], lengths=wrong)
         with pytest.raises(DivergenceError, match=request_id):
             engine.llm.llm_engine.step()
     finally:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tokenprune.engine.last_hidden import LastHiddenProbe, _message
 
 from tokenprune.calibration.run import Options, calibrate
 from tokenprune.calibration.samples import Sample, open_all
 from tokenprune.demo import builtin, quiz
 from tokenprune.engine.default_model import DefaultModel
-from tokenprune.engine.launch import start_offline
+from tokenprune.engine.launch import EngineOptions, start_offline
+from tokenprune.engine.offline_probe import LastHiddenProbe, _message
 from tokenprune.errors import ConfigurationError
 from tokenprune.request import OFF, parse_pruning
 
@@ -35,7 +35,9 @@ def llm():
     # prompts longer than a step come in chunks
     arguments = ["--max-num-batched-tokens", "512"]
     yield start_offline(
-        arguments, None, lambda: DefaultModel(builtin.model_folder(), builtin.serve_flags())
+        arguments,
+        EngineOptions(),
+        lambda: DefaultModel(builtin.model_folder(), builtin.serve_flags()),
     )
     os.environ.clear()
     os.environ.update(before)

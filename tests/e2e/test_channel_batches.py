@@ -9,19 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.support import (
-    COMPARE,
-    DESCRIBE,
-    STORY,
-    TEXT,
-    Answer,
-    Ask,
-    Engine,
-    channels,
-    kv,
-    visual,
-)
+from tests.e2e.support import Engine
 from tests.e2e.test_batches import ROUNDING, count_preemptions, drain, internal_id, start
+from tests.oracle.asks import COMPARE, DESCRIBE, STORY, TEXT, Answer, Ask, channels, kv, visual
 
 pytestmark = pytest.mark.vllm
 
@@ -170,9 +160,11 @@ def test_aborting_mid_generation_returns_every_block(thin: Engine) -> None:
     assert thin.blocks_missing == 0
     assert not thin.scheduler._plans
     pruner = thin.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    for layer in pruner.model_runner._channels._layers:
+    runner = pruner.model_runner
+    choices = runner._packer._choices.values()
+    for queries, choice in zip(runner._observer._queries, choices, strict=True):
         # the last request's row is cleared when the worker hears of its end
-        assert len(layer.windows) + len(layer.kept) <= len(ASKS)
+        assert len(queries) + len(choice.kept) <= len(ASKS)
 
 
 def test_what_full_graphs_read_says_the_same_at_the_same_place(
@@ -180,7 +172,7 @@ def test_what_full_graphs_read_says_the_same_at_the_same_place(
 ) -> None:
     worker = thin.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     runner = worker.model_runner
-    pruner, prepare, addresses, packed = runner._channels, runner.prepare_attn, set(), []
+    pruner, prepare, addresses, packed = runner._packer, runner.prepare_attn, set(), []
 
     def persistent(batch: Any) -> Any:
         tables = prepare(batch)

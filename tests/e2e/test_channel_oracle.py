@@ -9,24 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenprune.policies.think import Think
 
-from tests.e2e.like import compare
-from tests.e2e.oracle import Oracle, Thinned
-from tests.e2e.support import (
-    COMPARE,
-    DESCRIBE,
-    STORY,
-    TOLERANCE,
-    Answer,
-    Ask,
-    Engine,
-    channels,
-    kv,
-    visual,
-)
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, STORY, Answer, Ask, channels, kv, visual
+from tests.oracle.loop import Oracle
+from tests.oracle.request import assert_like_oracle
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import ChannelInputs
+from tokenprune.policies.channels.think import Think
 
 pytestmark = pytest.mark.vllm
 
@@ -51,12 +41,6 @@ def thin(wide_heads: Path) -> Iterator[Engine]:
     engine = Engine(wide_heads, allow_channel_pruning=True)
     yield engine
     engine.close()
-
-
-def assert_like_oracle(oracle: Oracle, ask: Ask, answer: Answer) -> Thinned | None:
-    found = compare(oracle, ask, answer)
-    assert found.difference <= TOLERANCE
-    return found.thinned
 
 
 CASES = [
@@ -103,7 +87,7 @@ def test_engine_equals_a_transformers_loop_with_the_same_channels_zeroed(
     answers: dict[str, Answer], thin_oracle: Oracle, case: Any
 ) -> None:
     ask = ask_of(case)
-    thinned = assert_like_oracle(thin_oracle, ask, answers[case.id])
+    thinned = assert_like_oracle(thin_oracle, ask, answers[case.id]).thinned
     assert thinned is not None
     # the loop must have zeroed something, or it would equal a model without pruning
     assert all(count > 0 for count in thinned.counts.values())
@@ -141,7 +125,7 @@ def test_engine_keeps_the_channels_that_float64_scores_keep(
     monkeypatch.setattr(Think, "select_keys", recorded)
     ask = Ask(STORY, (), channels(), max_tokens=2)
     (answer,) = thin.ask(ask)
-    thinned = assert_like_oracle(thin_oracle, ask, answer)
+    thinned = assert_like_oracle(thin_oracle, ask, answer).thinned
     assert thinned is not None
     expected = [[keys for keys, _ in thinned.chosen[layer]] for layer in sorted(thinned.chosen)]
     assert found == expected

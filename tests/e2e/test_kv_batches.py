@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.support import COMPARE, DESCRIBE, STORY, TEXT, Answer, Ask, Engine, kv, visual
+from tests.e2e.support import Engine
 from tests.e2e.test_batches import ROUNDING, count_preemptions, drain, internal_id, start
+from tests.oracle.asks import COMPARE, DESCRIBE, STORY, TEXT, Answer, Ask, kv, visual
 from tokenprune.errors import DivergenceError
 
 pytestmark = pytest.mark.vllm
@@ -181,7 +182,7 @@ def test_the_buffers_that_graphs_read_stay_where_they_are(
                 *(g.data_ptr() for g in graphs),
                 *(t.data_ptr() for t in tables),
                 *(s.data_ptr() for s in slots),
-                runner._behind_on_device.data_ptr(),
+                runner._table.index_offset_on_device.data_ptr(),
             )
         )
         lengths.append(int(graphs[0][0]))

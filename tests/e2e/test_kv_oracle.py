@@ -10,20 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.like import compare
-from tests.e2e.oracle import Evicted, Oracle, lag_choice
-from tests.e2e.support import (
-    COMPARE,
-    DESCRIBE,
-    STORY,
-    TOLERANCE,
-    Answer,
-    Ask,
-    Engine,
-    kv,
-    visual,
-)
-from tokenprune.policies import PartitionInputs
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, STORY, Answer, Ask, kv, visual
+from tests.oracle.kv import Evicted, lag_choice
+from tests.oracle.loop import Oracle
+from tests.oracle.request import assert_like_oracle
+from tokenprune.kernels import lag_keep
+from tokenprune.policies import Segments
 
 pytestmark = pytest.mark.vllm
 
@@ -36,14 +29,6 @@ def chunked(checkpoint: Path) -> Iterator[Engine]:
     engine = Engine(checkpoint, prune_layers=[], max_num_batched_tokens=CHUNK, max_num_seqs=8)
     yield engine
     engine.close()
-
-
-def assert_like_oracle(
-    oracle: Oracle, ask: Ask, answer: Answer, chunk: int | None = None
-) -> list[int]:
-    found = compare(oracle, ask, answer, chunk=chunk)
-    assert found.difference <= TOLERANCE
-    return found.evicted.lengths if found.evicted is not None else []
 
 
 CASES = [
@@ -85,10 +70,11 @@ def test_engine_equals_a_transformers_loop_that_holds_the_same_keys_and_values(
     answers: dict[str, Answer], oracle: Oracle, case: Any
 ) -> None:
     ask = ask_of(case)
-    lengths = assert_like_oracle(oracle, ask, answers[case.id])
+    found = assert_like_oracle(oracle, ask, answers[case.id])
     assert ask.pruning is not None
+    assert found.evicted is not None
     if ask.pruning["pruning_kv_keep_ratio"] < 1:
-        shrinks = sum(b < a for a, b in itertools.pairwise(lengths))
+        shrinks = sum(b < a for a, b in itertools.pairwise(found.evicted.lengths))
         assert shrinks >= 2, "generated tokens must be evicted several times"
 
 
@@ -104,8 +90,9 @@ def test_evicting_after_each_chunk_equals_the_loop_in_chunks(
 ) -> None:
     ask = Ask(STORY, (), kv(method, when="chunk"), max_tokens=40)
     (answer,) = chunked.ask(ask)
-    lengths = assert_like_oracle(oracle, ask, answer, CHUNK)
-    assert len(lengths) > 40 + 1, "the prompt must take several steps"
+    found = assert_like_oracle(oracle, ask, answer, chunk=CHUNK)
+    assert found.evicted is not None
+    assert len(found.evicted.lengths) > 40 + 1, "the prompt must take several steps"
 
 
 def test_evicting_at_the_prompt_end_does_not_depend_on_the_chunk_size(
@@ -120,19 +107,19 @@ def test_evicting_at_the_prompt_end_does_not_depend_on_the_chunk_size(
 def test_engine_keeps_the_tokens_that_float64_scores_keep(
     engine: Engine, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokenprune.policies.lagkv import LagKV
+    from tokenprune.policies.kv.lagkv import LagKV
 
     found: dict[tuple[int, int, int], list[int]] = {}
-    select = LagKV.select
+    score = LagKV.score
 
-    def recorded(self: LagKV, inputs: PartitionInputs) -> torch.Tensor:
-        kept = select(self, inputs)
-        for head, partitions in enumerate(kept.tolist()):
+    def recorded(self: LagKV, segments: Segments) -> torch.Tensor:
+        scores = score(self, segments)
+        for head, partitions in enumerate(lag_keep(scores, 2).tolist()):
             for p, ranks in enumerate(partitions):
-                found[inputs.layer, head, inputs.first + p] = ranks
-        return kept
+                found[segments.layer, head, segments.first + p] = ranks
+        return scores
 
-    monkeypatch.setattr(LagKV, "select", recorded)
+    monkeypatch.setattr(LagKV, "score", recorded)
     ask = Ask(STORY, (), kv("lagkv"), max_tokens=40)
     (answer,) = engine.ask(ask)
     expected: dict[tuple[int, ...], list[int]] = {}

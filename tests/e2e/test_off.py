@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.reference import REQUESTS, answers, stock_answers
-from tests.e2e.support import DESCRIBE, Ask, Engine, visual
+from tests.e2e.support import Engine
+from tests.oracle.asks import DESCRIBE, Ask, visual
+from tests.oracle.stock import REQUESTS, answers, stock_answers
 
 pytestmark = pytest.mark.vllm
 

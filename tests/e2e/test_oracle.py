@@ -7,30 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenprune.policies.transprune import TransPrune
 
-from tests.e2e.like import compare
-from tests.e2e.oracle import Oracle
-from tests.e2e.support import (
-    COMPARE,
-    DESCRIBE,
-    NUM_LAYERS,
-    TOLERANCE,
-    Answer,
-    Ask,
-    Engine,
-    visual,
-)
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, Ask, visual
+from tests.oracle.loop import Oracle
+from tests.oracle.request import SHAPE, assert_like_oracle
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import SelectInputs
+from tokenprune.policies.visual.transprune import TransPrune
 
 pytestmark = pytest.mark.vllm
-
-
-def assert_like_oracle(oracle: Oracle, ask: Ask, answer: Answer) -> dict[int, list[int]]:
-    found = compare(oracle, ask, answer)
-    assert found.difference <= TOLERANCE
-    return found.trace.kept
 
 
 CASES = [
@@ -84,7 +70,7 @@ def test_engine_picks_the_rows_that_float64_scores_pick(
     monkeypatch.setattr(TransPrune, "select", recorded)
     ask = Ask(COMPARE, (6, 7), visual("transprune", 0.2, form=form))
     (answer,) = engine.ask(ask)
-    expected = assert_like_oracle(oracle, ask, answer)
+    expected = assert_like_oracle(oracle, ask, answer).trace.kept
     ranks = list(range(2 * 144))
     found = {}
     for layer, local in zip(sorted(expected), picked, strict=True):
@@ -122,4 +108,4 @@ def test_other_decoders_and_image_layouts_equal_their_oracle(
 
 
 def test_the_oracle_has_as_many_layers_as_the_shape_says(oracle: Oracle) -> None:
-    assert len(oracle.decoder.layers) == NUM_LAYERS
+    assert len(oracle.decoder.layers) == SHAPE.num_layers

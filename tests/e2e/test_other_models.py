@@ -12,22 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenprune.engine.config import engine_shape
-from tokenprune.server.tap import layout_of, plan_explicit
 
 from tests.e2e.other_checkpoints import IMAGE, NAMES, build
-from tests.e2e.support import TEXT, Answer, Ask, Engine, image, visual
+from tests.e2e.support import Engine
+from tests.oracle.asks import TEXT, Answer, Ask, image, visual
+from tests.plans import reasons
+from tokenprune.engine.families import known_architectures
+from tokenprune.engine.shape import engine_shape
 from tokenprune.errors import PolicyError
-from tokenprune.policies import EngineShape
-from tokenprune.request import RequestPlan, parse_flat
+from tokenprune.plan import RequestPlan, make_plan
+from tokenprune.request import parse_flat
+from tokenprune.server.admission import layout_of
+from tokenprune.shape import EngineShape
 
 pytestmark = pytest.mark.vllm
 
 MARK = "answers: "
-MROPE = "uses M-RoPE positions, which are not supported yet"
+UNKNOWN = f"is not among {', '.join(known_architectures())}"
 REASONS = {
-    "qwen2_vl": f"Qwen2VLForConditionalGeneration {MROPE}",
-    "qwen3_vl": f"Qwen3VLForConditionalGeneration {MROPE}",  # has DeepStack besides
+    "qwen2_vl": f"Qwen2VLForConditionalGeneration {UNKNOWN}",
+    "qwen3_vl": f"Qwen3VLForConditionalGeneration {UNKNOWN}",  # has DeepStack besides
     "llama": "LlamaForCausalLM takes no images",
 }
 DESCRIBE = f"USER: {IMAGE}\nWhat is in the picture?\nASSISTANT:"
@@ -108,7 +112,7 @@ def shape_of(engine: Engine) -> EngineShape:
 def test_the_engine_says_why_it_cannot_prune_and_makes_no_stages(other: Engine, name: str) -> None:
     shape = shape_of(other)
     assert (shape.num_layers, shape.boundaries) == (4, (0,))
-    assert shape.unsupported == REASONS[name]
+    assert shape.unsupported["visual"] == REASONS[name]
     assert len(other.scheduler.kv_cache_config.kv_cache_groups) == 1
 
 
@@ -152,9 +156,9 @@ def explicit(engine: Engine, ask: Ask) -> RequestPlan:
     """Plan `ask` as the HTTP server does, from the prompt it would send to this engine."""
     data = {"multi_modal_data": {"image": [image(s) for s in ask.images]}} if ask.images else {}
     rendered = engine.llm._preprocess_cmpl_one({"prompt": ask.prompt, **data})
-    return plan_explicit(
-        parse_flat(ask.pruning), layout_of(rendered), shape_of(engine), prompt_logprobs=False
-    )
+    plan = make_plan(parse_flat(ask.pruning), layout_of(rendered), shape_of(engine))
+    plan.refuse_what_is_skipped()
+    return plan
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"], indirect=True)
@@ -170,8 +174,8 @@ def test_the_server_refuses_to_prune_an_image_and_says_why(fresh: Engine, name: 
 def test_the_server_takes_a_text_that_asks_for_pruning_and_prunes_nothing(fresh: Engine) -> None:
     for pruning in METHODS:
         plan = explicit(fresh, Ask(TEXT, pruning=pruning))
-        assert plan.lengths is None
-        assert plan.skipped == {"visual": "model_unsupported"}
+        assert not plan.is_pruned
+        assert reasons(plan) == {"visual": "model_unsupported"}
 
 
 def test_stages_and_a_default_set_by_hand_change_no_bit(
@@ -181,7 +185,7 @@ def test_stages_and_a_default_set_by_hand_change_no_bit(
     engine = start("qwen3_vl", checkpoints["qwen3_vl"], additional_config={"tokenprune": ours})
     try:
         assert shape_of(engine).boundaries == (0, 1, 3)
-        assert shape_of(engine).unsupported == REASONS["qwen3_vl"]
+        assert shape_of(engine).unsupported["visual"] == REASONS["qwen3_vl"]
         assert len(engine.scheduler.kv_cache_config.kv_cache_groups) > 1
         assert engine.ask(*asks("qwen3_vl")) == stock["qwen3_vl"]
         assert engine.blocks_missing == 0

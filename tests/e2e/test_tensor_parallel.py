@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.support import DESCRIBE, Answer, Ask, Engine, visual
+from tests.e2e.support import Engine
+from tests.oracle.asks import DESCRIBE, Answer, Ask, visual
 
 pytestmark = pytest.mark.vllm
 

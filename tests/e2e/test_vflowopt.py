@@ -12,25 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenprune.policies.vflowopt import VFlowOpt
 
-from tests.e2e.like import compare
-from tests.e2e.oracle import Oracle
-from tests.e2e.support import (
-    COMPARE,
-    DESCRIBE,
-    TEXT,
-    TOLERANCE,
-    WIDE,
-    Answer,
-    Ask,
-    Engine,
-    image,
-    layout_of,
-    visual,
-)
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, WIDE, Answer, Ask, image, visual
+from tests.oracle.loop import Oracle
+from tests.oracle.request import assert_like_oracle, layout_of
+from tests.oracle.visual import importance_of
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import ImageInputs
+from tokenprune.policies.visual.vflowopt import VFlowOpt
 
 pytestmark = pytest.mark.vllm
 
@@ -45,14 +35,6 @@ def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any
     if keep_ratio is None:
         del keys["pruning_visual_keep_ratio"]
     return keys
-
-
-def assert_like_oracle(
-    oracle: Oracle, ask: Ask, answer: Answer, pictures: list[Any] | None = None
-) -> dict[int, list[int]]:
-    found = compare(oracle, ask, answer, pictures=pictures)
-    assert found.difference <= TOLERANCE
-    return found.trace.kept
 
 
 STORY = "USER: <image>\nA first one. <image> Then another, <image>\nWhich was it?\nASSISTANT:"
@@ -96,7 +78,7 @@ def answers(engine: Engine) -> dict[str, Answer]:
 def test_engine_equals_a_transformers_loop_with_the_same_rows_and_folded_features(
     answers: dict[str, Answer], oracle: Oracle, name: str
 ) -> None:
-    kept = assert_like_oracle(oracle, CASES[name], answers[name])
+    kept = assert_like_oracle(oracle, CASES[name], answers[name]).trace.kept
     assert bool(kept) == (name not in ("off", "text", "keeps-all"))
 
 
@@ -184,9 +166,9 @@ def test_an_image_cached_without_scores_is_scored_by_one_more_run(
 
 def test_requests_that_ask_for_no_scores_leave_none(engine: Engine) -> None:
     cache = encoder_cache(engine)
-    before = dict(cache.maps)
+    before = dict(cache.scores)
     engine.ask(Ask(DESCRIBE, (30,), visual("uniform")), Ask(DESCRIBE, (31,)))
-    assert cache.maps == before
+    assert cache.scores == before
     assert len(cache.encoder_outputs) > len(before)
 
 
@@ -289,12 +271,12 @@ def test_maps_go_when_their_image_leaves_the_encoder_cache(cramped: Engine) -> N
     cache = encoder_cache(cramped)
     ask = Ask(DESCRIBE, (50,), vflowopt(0.3))
     (first,) = cramped.ask(ask)
-    (name,) = list(cache.maps)[-1:]
+    (name,) = list(cache.scores)[-1:]
     # it holds the tokens of a few images
     for seed in range(60, 75):
         cramped.ask(Ask(DESCRIBE, (seed,), vflowopt(0.3), max_tokens=1))
-    assert name not in cache.maps
-    assert set(cache.maps) <= set(cache.encoder_outputs)
+    assert name not in cache.scores
+    assert set(cache.scores) <= set(cache.encoder_outputs)
     (again,) = cramped.ask(ask)
     assert again.agrees_with(first, ROUNDING)
 
@@ -310,7 +292,7 @@ def test_the_frames_of_a_video_equal_their_oracle(tmp_path: Path) -> None:
             ask = Ask(prompt, (), pruning)
             data = {"video": [film], "image": [image(5)]}
             (answer,) = engine.ask_with(ask, data)
-            assert_like_oracle(oracle, ask, answer, [film, image(5)])
+            assert_like_oracle(oracle, ask, answer, pictures=[film, image(5)])
         assert engine.blocks_missing == 0
     finally:
         engine.close()
@@ -338,9 +320,9 @@ def test_tiles_and_line_breaks_equal_their_oracle(
             Ask(COMPARE, (WIDE + 1, 2), vflowopt(0.2, threshold=1.5)),
         ]
         for ask, answer in zip(asks, engine.ask(*asks), strict=True):
-            kept = assert_like_oracle(oracle, ask, answer)
+            kept = assert_like_oracle(oracle, ask, answer).trace.kept
             if ask.pruning and ask.images == (WIDE,):
-                importance, grids = oracle.importance(image(WIDE), 1.5, 0)
+                importance, grids = importance_of(oracle, image(WIDE), 1.5, 0)
                 assert grids[1][0] < 4 * 144 + 24, "the wide picture must be unpadded"
                 breaks = [i for i, x in enumerate(importance) if math.isinf(x)]
                 first = kept[0]

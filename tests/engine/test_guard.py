@@ -59,7 +59,7 @@ def test_even_distances_give_as_many_as_were_planned(total, keep):
     kept = evenly(total, keep, torch.device("cpu")).tolist()
     assert len(kept) == keep
     assert kept == sorted(set(kept))
-    assert 0 <= kept[0]
+    assert kept[0] >= 0
     assert kept[-1] < total
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.recycling import recycled
+from tests.oracle.recycling import recycled
 from tokenprune.kernels import recycle, recycle_reference
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.support import COMPARE, DESCRIBE, TEXT, Engine, image
+from tests.e2e.support import Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, image
 
 REQUESTS: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     (TEXT, (), {"temperature": 0}),
@@ -53,7 +54,7 @@ def stock_answers(checkpoint: Path, runner: str) -> list[list[list[Any]]]:
     ours = ("PYTHONPATH", "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.reference", str(checkpoint), runner],
+        [sys.executable, "-m", "tests.oracle.stock", str(checkpoint), runner],
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,

@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tokenprune.policies.kv_random import RandomKV
-
-from tests.e2e.oracle import Evicted, Oracle, Pruned, Thinned, Trace, lag_choice
-from tests.e2e.support import SHAPE, Answer, Ask, image, layout_of, policy_of
-from tokenprune.policies import PartitionInputs
+from tests.oracle.asks import TOLERANCE, Answer, Ask, image
+from tests.oracle.channels import Thinned
+from tests.oracle.kv import Evicted, lag_choice
+from tests.oracle.loop import Oracle, Trace
+from tests.oracle.visual import Pruned
+from tokenprune.kernels import lag_keep
+from tokenprune.lengths import PromptLayout
+from tokenprune.policies import Segments, VisualPolicy
+from tokenprune.policies.kv.random import RandomKV
+from tokenprune.request import parse_pruning
+from tokenprune.shape import EngineShape
 
 BLOCK = 32
+SHAPE = EngineShape(8, (0, 2, 3, 5), 2048)
 
 
 @dataclass
@@ -61,13 +68,28 @@ def compare(
     return Comparison(largest, trace, evicted, thinned)
 
 
+def assert_like_oracle(
+    oracle: Oracle,
+    ask: Ask,
+    answer: Answer,
+    *,
+    chunk: int | None = None,
+    pictures: list[Any] | None = None,
+) -> Comparison:
+    """Compare as `compare` does, and refuse log-probs that are further off than rounding is."""
+    found = compare(oracle, ask, answer, chunk=chunk, pictures=pictures)
+    assert found.difference <= TOLERANCE, ask
+    return found
+
+
 def pruned_like(oracle: Oracle, ask: Ask, images: list[Any]) -> Pruned | None:
     """Return which rows are dropped, or None."""
     keys = _keys(ask, "visual")
     if not keys:
         return None
     _, rows = oracle.embed(ask.prompt, images)
-    policy = policy_of({f"pruning_visual_{key}": value for key, value in keys.items()})
+    policy = parse_pruning({"visual": keys}).policy("visual")
+    assert isinstance(policy, VisualPolicy)
     return Pruned.like(policy, layout_of(rows), SHAPE)
 
 
@@ -100,6 +122,18 @@ def thinned_like(ask: Ask, head_size: int) -> Thinned | None:
     return Thinned(kept, values, keys["window"], keys["recent"], tokens, generated)
 
 
+def layout_of(visual_rows: Any) -> PromptLayout:
+    """Return the layout of a prompt from its bool mask of visual rows."""
+    spans, start = [], None
+    for i, flag in enumerate([*visual_rows.tolist(), False]):
+        if flag and start is None:
+            start = i
+        elif not flag and start is not None:
+            spans.append((start, i))
+            start = None
+    return PromptLayout(len(visual_rows), tuple(spans))
+
+
 def _keys(ask: Ask, axis: str) -> dict[str, Any]:
     start = f"pruning_{axis}_"
     return {k.removeprefix(start): v for k, v in (ask.pruning or {}).items() if k.startswith(start)}
@@ -108,7 +142,7 @@ def _keys(ask: Ask, axis: str) -> dict[str, Any]:
 def _random_choice(seed: int, keep: int, lag: int, heads: int) -> Any:
     def choose(*arguments: Any) -> list[int]:
         layer, head, number = arguments[-3:]
-        inputs = PartitionInputs(1, number, lag, keep, layer, heads, None, None, "cpu")
-        return RandomKV(seed=seed).select(inputs)[head, 0].tolist()
+        segments = Segments(1, number, lag, layer, heads, "cpu")
+        return lag_keep(RandomKV(seed=seed).score(segments), keep)[head, 0].tolist()
 
     return choose

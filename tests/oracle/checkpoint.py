@@ -1,0 +1,64 @@
+"""One checkpoint in transformers and float64, up to the rows that its decoder reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+# an image, or the frames of a video as `[frames, height, width, 3]`
+Picture = Image.Image | np.ndarray
+
+
+class Checkpoint:
+    """A model with its processor."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=torch.float64, attn_implementation="eager"
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.image_processor = self.processor.image_processor
+        self.video_processor = getattr(self.processor, "video_processor", None)
+        self.decoder = self.model.model.language_model
+
+    @torch.inference_mode()
+    def embed(self, prompt: str, images: list[Picture]) -> tuple[Tensor, Tensor]:
+        """Return input embeddings `[n, C]` and the bool mask of visual rows `[n]`."""
+        inputs = self.inputs(prompt, images)
+        for key, value in inputs.items():
+            if value.is_floating_point():
+                inputs[key] = value.double()
+        captured: dict[str, Tensor] = {}
+
+        def stop(module: object, args: object, kwargs: dict[str, Tensor]) -> None:
+            captured.update(kwargs)
+            raise StopIteration
+
+        handle = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(**inputs)
+        except (StopIteration, RuntimeError):
+            pass
+        finally:
+            handle.remove()
+        config, ids = self.model.config, inputs["input_ids"][0]
+        visual = ids == config.image_token_id
+        if hasattr(config, "video_token_id"):
+            visual |= ids == config.video_token_id
+        return captured["inputs_embeds"][0], visual
+
+    def inputs(self, prompt: str, images: list[Picture]) -> Any:
+        """Return what the processor makes of a prompt and its images and videos."""
+        kinds = {
+            "images": [x for x in images if isinstance(x, Image.Image)],
+            "videos": [x for x in images if not isinstance(x, Image.Image)],
+        }
+        return self.processor(
+            text=prompt, return_tensors="pt", **{k: v for k, v in kinds.items() if v}
+        )
