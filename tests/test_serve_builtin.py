@@ -9,7 +9,7 @@ import pytest
 from tokenprune.cli import main
 from tokenprune.demo import builtin
 from tokenprune.engine import launch
-from tokenprune.engine.launch import vllm_arguments
+from tokenprune.engine.launch import EngineOptions, vllm_arguments
 from tokenprune.errors import InstallationError
 
 
@@ -61,7 +61,7 @@ def test_what_a_user_or_a_file_sets_wins_over_the_built_in_flags(
 def test_a_named_model_is_served_as_before(
     command_line: Callable[..., list[str]], theirs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line(*theirs) == ["vllm", "serve", *vllm_arguments(theirs)]
+    assert command_line(*theirs) == ["vllm", "serve", *vllm_arguments(theirs, EngineOptions())]
     assert capsys.readouterr().out == ""
 
 
@@ -71,7 +71,7 @@ def test_a_config_file_may_name_the_model(
     file = tmp_path / "serve.yaml"
     file.write_text("model: m\n")
     theirs = ["--config", str(file)]
-    assert command_line(*theirs) == ["vllm", "serve", *vllm_arguments(theirs)]
+    assert command_line(*theirs) == ["vllm", "serve", *vllm_arguments(theirs, EngineOptions())]
 
 
 def test_damaged_weights_stop_it_with_status_2(

@@ -17,7 +17,7 @@ from tokenprune.policies.base import (
     register_policy,
 )
 from tokenprune.policies.channels.base import ChannelInputs, ChannelPlan, ChannelPolicy
-from tokenprune.policies.kv.base import KVPlan, KVPolicy, Segments
+from tokenprune.policies.kv.base import KVPlan, KVPolicy, Segments, cached
 from tokenprune.policies.plugins import check_plugins, load_plugins
 from tokenprune.policies.visual.base import (
     AfterPrompt,
@@ -32,6 +32,7 @@ from tokenprune.policies.visual.base import (
     SelectInputs,
     VisualPlan,
     VisualPolicy,
+    top_k,
 )
 from tokenprune.policies.visual.schedule import ScheduledPolicy
 
@@ -60,9 +61,11 @@ __all__ = [
     "Skipped",
     "VisualPlan",
     "VisualPolicy",
+    "cached",
     "check_plugins",
     "methods",
     "register_policy",
+    "top_k",
 ]
 
 for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
