@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from tests.engine.support import cpu_isa
+from tests.engine.test_compaction import cpu_isa
 from tokenprune.engine.channels import ChannelPruner
 from tokenprune.engine.compaction import Compactor
 from tokenprune.engine.stats import WorkerStats

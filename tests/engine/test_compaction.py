@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from tests.engine.support import cpu_isa
 from tokenprune.engine.cache_layout import KNOWN_BACKENDS, PermutedLayout, RowLayout, layout_of
 from tokenprune.engine.compaction import Compactor
 from tokenprune.engine.stats import WorkerStats
@@ -26,6 +25,12 @@ CPU_CASES = [
     pytest.param(torch.float32, 80, 32, id="head-size-80"),
     pytest.param(torch.bfloat16, 64, 16, id="blocks-of-16"),
 ]
+
+
+def cpu_isa(dtype, block_size, head_size):
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return _get_attn_isa(dtype, block_size, head_size)
 
 
 def write(layout_name, isa, cache, blocks, key, value):
