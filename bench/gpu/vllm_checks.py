@@ -160,9 +160,7 @@ def check_oracle(engine, checkpoint, watch, tolerance, agreement):
 
 
 def check_cache(engine, checkpoint, dtype, tolerance):
-    from tests.e2e.test_channel_oracle import CASES as PACKED
-    from tests.e2e.test_kv_oracle import CASES as EVICTED
-    from tests.e2e.test_kv_oracle import ask_of
+    from tests.e2e.cases import EVICTED, PACKED, ask_of
     from tests.oracle.loop import Oracle
     from tests.oracle.request import compare
 
@@ -176,9 +174,9 @@ def check_cache(engine, checkpoint, dtype, tolerance):
 
 
 def check_batches(engine, tolerance):
-    from tests.e2e.test_batches import ASKS as PRUNED
-    from tests.e2e.test_batches import drain, start
-    from tests.e2e.test_kv_batches import ASKS as EVICTED
+    from tests.e2e.contract import KV_ASKS as EVICTED
+    from tests.e2e.contract import VISUAL_ASKS as PRUNED
+    from tests.e2e.support import drain, start
 
     asks = [*PRUNED, *EVICTED]
 

@@ -13,9 +13,7 @@ import pytest
 from rich.console import Console
 
 from bench.demo_tables import tables
-from tests.demo.test_quiz import _rows as quiz_rows
-from tests.demo.test_run import AFTER, BEFORE
-from tests.demo.test_run import _rows as speed_rows
+from tests.demo.figures import AFTER, BEFORE, quiz_rows, speed_rows
 from tokenprune.demo import builtin, measure, quiz, run
 from tokenprune.demo.report import WIDTH, parse_samples
 

@@ -14,24 +14,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.demo.figures import KEPT, quiz_rows
 from tokenprune.demo import quiz
 from tokenprune.demo.quiz import METHODS, Question, QuizRow, ask_questions, load_questions
 from tokenprune.demo.quiz_report import example, quiz_table, quiz_verdict
 from tokenprune.demo.report import WIDTH
 from tokenprune.errors import InstallationError, TokenPruneError
-
-KEPT = [288, 180, 36, 36]
-
-
-def _rows(right: tuple[int, ...] = (46, 30, 31, 44), blocks: int = 37) -> list[QuizRow]:
-    cut = {"pruning": {"visual_tokens": 288, "visual_tokens_kept": KEPT}}
-    return [
-        QuizRow("off", 80, {}, [0.05, 0.04, 0.06], ["x"] * 48, right[0]),
-        *(
-            QuizRow(method, blocks, cut, [0.05], ["x"] * 48, number)
-            for method, number in zip(METHODS, right[1:], strict=True)
-        ),
-    ]
 
 
 def test_shipped_questions_are_of_every_kind_and_small() -> None:
@@ -71,7 +59,7 @@ def test_only_the_exact_answer_is_right(answer: str, expected: bool) -> None:
 
 def test_table_shows_answers_blocks_and_stages_within_the_width() -> None:
     file = io.StringIO()
-    Console(file=file, width=200).print(quiz_table(_rows()))
+    Console(file=file, width=200).print(quiz_table(quiz_rows()))
     lines = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
     assert max(map(len, lines)) <= WIDTH
     assert lines[-4].split() == ["off", "46/48", "288", "80", "50"]
@@ -80,19 +68,19 @@ def test_table_shows_answers_blocks_and_stages_within_the_width() -> None:
 
 def test_verdict_follows_from_the_figures() -> None:
     line = "transprune: 44/48 right against 46/48 unpruned, with 2.2x fewer KV blocks"
-    assert quiz_verdict(_rows()) == (line, True)
+    assert quiz_verdict(quiz_rows()) == (line, True)
 
 
 def test_a_model_that_fails_unpruned_is_no_measure() -> None:
-    assert quiz_verdict(_rows((41, 41, 41, 41)))[1]
-    line, is_good = quiz_verdict(_rows((40, 48, 48, 48)))
+    assert quiz_verdict(quiz_rows((41, 41, 41, 41)))[1]
+    line, is_good = quiz_verdict(quiz_rows((40, 48, 48, 48)))
     assert not is_good
     assert line == "the unpruned model must answer 85% of the questions right, got 40/48"
 
 
 @pytest.mark.parametrize("blocks", [80, 81, 0], ids=["as-many", "more", "never-seen"])
 def test_verdict_admits_that_no_blocks_were_saved(blocks: int) -> None:
-    line, is_good = quiz_verdict(_rows(blocks=blocks))
+    line, is_good = quiz_verdict(quiz_rows(blocks=blocks))
     assert not is_good
     assert f"off 80, random {blocks}" in line
 

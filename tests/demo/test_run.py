@@ -6,16 +6,15 @@ import io
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
+from tests.demo.figures import AFTER, BEFORE, speed_rows
 from tokenprune.demo import builtin, measure, run
 from tokenprune.demo.machine import describe_machine
 from tokenprune.demo.report import (
     WIDTH,
-    SpeedRow,
     changed,
     compact,
     flops_share,
@@ -29,51 +28,6 @@ from tokenprune.demo.report import (
 from tokenprune.demo.run import run_demo
 from tokenprune.errors import TokenPruneError
 from tokenprune.request import parse_pruning
-
-BEFORE = """\
-# TYPE vllm:cache_config_info gauge
-vllm:cache_config_info{block_size="128",engine="0",num_gpu_blocks="512"} 1.0
-# TYPE vllm:kv_cache_usage_perc gauge
-vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.0
-# TYPE tokenprune_requests_total counter
-tokenprune_requests_total{channels="none",kv="none",outcome="off",visual="none"} 2.0
-# TYPE tokenprune_kv_bytes_saved gauge
-tokenprune_kv_bytes_saved 0.0
-"""
-AFTER = """\
-# TYPE vllm:cache_config_info gauge
-vllm:cache_config_info{block_size="128",engine="0",num_gpu_blocks="512"} 1.0
-# TYPE vllm:kv_cache_usage_perc gauge
-vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.2974559686888455
-# TYPE tokenprune_requests_total counter
-tokenprune_requests_total{channels="none",kv="none",outcome="off",visual="none"} 3.0
-tokenprune_requests_total{channels="none",kv="none",outcome="applied",visual="transprune"} 6.0
-# TYPE tokenprune_requests_created gauge
-tokenprune_requests_created{channels="none",kv="none",outcome="off",visual="none"} 1.7e+09
-# TYPE tokenprune_prefill_flops_total counter
-tokenprune_prefill_flops_total{state="full"} 5.57e+12
-tokenprune_prefill_flops_total{state="spent"} 2.228e+12
-# TYPE tokenprune_op_seconds histogram
-tokenprune_op_seconds_bucket{le="+Inf",op="instruction_attention"} 12.0
-tokenprune_op_seconds_count{op="instruction_attention"} 12.0
-tokenprune_op_seconds_sum{op="instruction_attention"} 0.0271
-# TYPE tokenprune_kv_bytes_saved gauge
-tokenprune_kv_bytes_saved 0.0
-"""
-
-
-def _usage(kept: list[int] | None) -> dict[str, Any]:
-    pruning = {"visual_tokens": 2304, "visual_tokens_kept": kept}
-    return {"prompt_tokens": 2333, **({"pruning": pruning} if kept is not None else {})}
-
-
-def _rows(pruned_blocks: int = 65) -> list[SpeedRow]:
-    cut = _usage([2304, 1440, 288, 288])
-    return [
-        SpeedRow("off", 152, _usage(None), [3.0, 9.0, 3.2], [30.0, 28.0, 29.0]),
-        SpeedRow("uniform", 65, cut, [1.3, 1.2, 1.4], [31.0, 31.0, 31.0]),
-        SpeedRow("transprune", pruned_blocks, cut, [1.6, 1.5, 7.0], [32.0, 33.0, 31.0]),
-    ]
 
 
 def _lines(renderable: RenderableType) -> list[str]:
@@ -118,7 +72,7 @@ def test_longest_metric_line_fits_the_width() -> None:
 
 
 def test_table_shows_medians_ratios_and_stages_within_the_width() -> None:
-    lines = _lines(results_table(_rows()))
+    lines = _lines(results_table(speed_rows()))
     assert max(map(len, lines)) <= WIDTH
     off, _, transprune = (line.split() for line in lines[-3:])
     assert off == ["off", "2333", "2304", "152", "3200", "1.00x", "29.0"]
@@ -128,7 +82,7 @@ def test_table_shows_medians_ratios_and_stages_within_the_width() -> None:
 
 def test_saved_medians_are_the_shown_ones() -> None:
     expected = {"ttft_median_seconds": 3.2, "tokens_per_second_median": 29.0}
-    assert medians(_rows()[0]) == expected
+    assert medians(speed_rows()[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -149,7 +103,7 @@ def test_numbers_are_short(value: float, text: str) -> None:
 
 
 def test_verdict_follows_from_the_figures() -> None:
-    line, is_good = verdict(_rows(), 0.4)
+    line, is_good = verdict(speed_rows(), 0.4)
     assert is_good
     assert line == (
         "transprune: 2.3x fewer KV blocks, TTFT 0.50x (prefill FLOPs by formula: 0.40x)"
@@ -158,7 +112,7 @@ def test_verdict_follows_from_the_figures() -> None:
 
 @pytest.mark.parametrize("blocks", [152, 153, 0], ids=["as-many", "more", "never-seen"])
 def test_verdict_admits_that_no_blocks_were_saved(blocks: int) -> None:
-    line, is_good = verdict(_rows(blocks), None)
+    line, is_good = verdict(speed_rows(blocks), None)
     assert not is_good
     assert f"off 152, uniform 65, transprune {blocks}" in line
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.support import Engine
+from tests.e2e.support import CRAMPED, Engine
 from tests.oracle.loop import Oracle
 from tokenprune.demo.checkpoint import build_checkpoint
 
@@ -24,8 +25,49 @@ def oracle(checkpoint: Path) -> Oracle:
     return Oracle(checkpoint)
 
 
+@pytest.fixture(scope="session")
+def running() -> Iterator[dict[str, Engine]]:
+    """The engines of the shared checkpoint by their arguments, each started once."""
+    engines: dict[str, Engine] = {}
+    yield engines
+    for engine in engines.values():
+        engine.close()
+
+
 @pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Iterator[Engine]:
-    engine = Engine(checkpoint)
-    yield engine
-    engine.close()
+def lend(checkpoint: Path, running: dict[str, Engine]) -> Iterator[Callable[..., Engine]]:
+    """Lends a module the engine with some arguments, as if just started.
+
+    It must come back idle; one that does not is closed, so that other modules are not harmed.
+    """
+    lent: dict[str, Engine] = {}
+
+    def get(**arguments: Any) -> Engine:
+        name = repr(sorted(arguments.items()))
+        if name not in lent:
+            if name not in running:
+                running[name] = Engine(checkpoint, **arguments)
+            running[name].forget()
+            lent[name] = running[name]
+        return lent[name]
+
+    yield get
+    busy = [name for name, engine in lent.items() if not engine.is_idle]
+    for name in busy:
+        running.pop(name).close()
+    assert not busy, "requests, blocks or plans are left in these engines"
+
+
+@pytest.fixture(scope="module")
+def engine(lend: Callable[..., Engine]) -> Engine:
+    return lend()
+
+
+@pytest.fixture(scope="module")
+def packing_engine(lend: Callable[..., Engine]) -> Engine:
+    return lend(allow_channel_pruning=True)
+
+
+@pytest.fixture(scope="module")
+def cramped(lend: Callable[..., Engine]) -> Engine:
+    return lend(**CRAMPED, num_gpu_blocks_override=140)

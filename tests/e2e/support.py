@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.oracle.asks import Answer, Ask, image
 from tokenprune.engine.launch import engine_arguments
+
+# summation order in a matrix product depends on the number of rows in the batch, also in stock
+# vLLM on a CPU; this bound is far below what one wrong row does
+ROUNDING = 2e-5
+# an engine that must cut prompts into chunks, which hold one image and some text, and preempt
+CRAMPED: dict[str, Any] = {
+    "max_num_batched_tokens": 192,
+    "max_model_len": 512,
+    "max_num_seqs": 6,
+}
+
+_count = itertools.count()
 
 
 class Engine:
@@ -40,10 +54,37 @@ class Engine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
+    def runner(self) -> Any:
+        """The live model runner."""
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        return executor.driver_worker.worker.model_runner
+
+    @property
+    def groups(self) -> Any:
+        """The KV cache groups, one a stage."""
+        return self.scheduler.kv_cache_config.kv_cache_groups
+
+    @property
     def blocks_missing(self) -> int:
         """Blocks not in the pool; the null block never is."""
         pool = self.scheduler.kv_cache_manager.block_pool
         return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that the prefix cache knows."""
+        return len(self.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs and none has left a block or a plan."""
+        left = self.llm.llm_engine.has_unfinished_requests() or self.scheduler._plans
+        return not left and self.blocks_missing == 0
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the worker has counted since it started."""
+        (stats,) = self.llm.llm_engine.collective_rpc("tokenprune_stats")
+        return stats
 
     def ask(self, *asks: Ask) -> list[Answer]:
         """Run requests together and return their answers in order."""
@@ -54,22 +95,8 @@ class Engine:
         return self._ask([{"prompt": ask.prompt, "multi_modal_data": data}], [ask])
 
     def _ask(self, prompts: list[Any], asks: Sequence[Ask]) -> list[Answer]:
-        from vllm import SamplingParams
-
-        outputs = self.llm.generate(
-            prompts,
-            [
-                SamplingParams(
-                    temperature=0,
-                    max_tokens=a.max_tokens,
-                    ignore_eos=True,
-                    logprobs=5,
-                    extra_args=a.pruning,
-                )
-                for a in asks
-            ],
-            use_tqdm=False,
-        )
+        params = [_sampling(a, logprobs=5) for a in asks]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [
             Answer(
                 list(o.outputs[0].token_ids),
@@ -78,12 +105,77 @@ class Engine:
             for o in outputs
         ]
 
+    def forget(self) -> None:
+        """Empty every cache, so that the next request meets the engine as if just started."""
+        assert self.is_idle
+        assert self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
     def close(self) -> None:
         """Release the engine's memory."""
         del self.llm
         gc.collect()
 
 
+def start(engine: Engine, ask: Ask) -> str:
+    """Hand over a request without running it, and return its id."""
+    request_id = f"r{next(_count)}"
+    engine.llm.llm_engine.add_request(request_id, _prompt(ask), _sampling(ask))
+    return request_id
+
+
+def internal_id(engine: Engine, request_id: str) -> str:
+    """Return the id that the scheduler knows a request by."""
+    return next(r for r in engine.scheduler.requests if r.startswith(request_id))
+
+
+def step(engine: Engine, times: int = 1) -> None:
+    """Run steps."""
+    for _ in range(times):
+        engine.llm.llm_engine.step()
+
+
+def abort(engine: Engine, request_ids: list[str]) -> None:
+    """Give up requests."""
+    engine.llm.llm_engine.abort_request(request_ids)
+
+
+def drain(engine: Engine) -> None:
+    """Run until all requests have ended and the worker has heard of it."""
+    while engine.llm.llm_engine.has_unfinished_requests():
+        step(engine)
+    step(engine)
+
+
+@contextmanager
+def preemptions(engine: Engine) -> Iterator[list[dict[str, Any] | None]]:
+    """Yield a list that grows by the flat keys of each request that is preempted."""
+    scheduler, seen = engine.scheduler, []
+    preempt = scheduler._preempt_request
+
+    def recorded(request: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(request.sampling_params.extra_args)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = recorded
+    try:
+        yield seen
+    finally:
+        del scheduler._preempt_request
+
+
 def _prompt(ask: Ask) -> dict[str, Any]:
     data = {"multi_modal_data": {"image": [image(s) for s in ask.images]}} if ask.images else {}
     return {"prompt": ask.prompt, **data}
+
+
+def _sampling(ask: Ask, **more: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=ask.max_tokens,
+        ignore_eos=True,
+        extra_args=ask.pruning,
+        **more,
+    )

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.support import Engine
-from tests.oracle.asks import COMPARE, DESCRIBE, STORY, Answer, Ask, channels, kv, visual
+from tests.e2e.cases import PACKED, ask_of
+from tests.e2e.support import ROUNDING, Engine
+from tests.oracle.asks import DESCRIBE, STORY, Answer, Ask, channels
 from tests.oracle.loop import Oracle
 from tests.oracle.request import assert_like_oracle
 from tokenprune.demo.checkpoint import build_checkpoint
@@ -32,87 +33,58 @@ def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def thin_oracle(wide_heads: Path) -> Oracle:
+def wide_oracle(wide_heads: Path) -> Oracle:
     return Oracle(wide_heads)
 
 
 @pytest.fixture(scope="module")
-def thin(wide_heads: Path) -> Iterator[Engine]:
+def wide_engine(wide_heads: Path) -> Iterator[Engine]:
     engine = Engine(wide_heads, allow_channel_pruning=True)
     yield engine
     engine.close()
 
 
-CASES = [
-    pytest.param(STORY, (), channels(), id="half-of-the-keys"),
-    pytest.param(STORY, (), channels(0.25), id="a-quarter-of-the-keys"),
-    pytest.param(STORY, (), channels(0.75, values_keep_ratio=0.25), id="values-too"),
-    pytest.param(STORY, (), channels(pack_generated=False), id="generated-tokens-stay"),
-    pytest.param(STORY, (), channels(window=1, recent=0), id="one-query-and-none-recent"),
-    pytest.param(STORY, (), channels() | kv("lagkv", 0.5), id="with-lagkv"),
-    pytest.param(
-        STORY, (), channels(values_keep_ratio=0.5) | kv("lagkv", 0.75), id="values-with-lagkv"
-    ),
-    pytest.param(DESCRIBE, (1,), channels(), id="image"),
-    pytest.param(COMPARE, (1, 2), channels() | visual("uniform", 0.5), id="with-uniform"),
-    pytest.param(
-        COMPARE,
-        (1, 2),
-        channels() | kv("lagkv", 0.5) | visual("transprune", 0.5),
-        id="all-three-axes",
-    ),
-    pytest.param(
-        COMPARE,
-        (1, 2),
-        channels() | kv("lagkv", 0.5) | visual("vflowopt", 0.7, threshold=1.5),
-        id="all-three-axes-vflowopt",
-    ),
-]
-
-
-def ask_of(case: Any) -> Ask:
-    return Ask(*case.values, max_tokens=STEPS)
-
-
 @pytest.fixture(scope="module")
-def answers(thin: Engine) -> dict[str, Answer]:
+def answers(wide_engine: Engine) -> dict[str, Answer]:
     """All cases in one batch, with a request that keeps everything."""
-    found = thin.ask(*map(ask_of, CASES), Ask(DESCRIBE, (1,), None, STEPS))
-    assert thin.blocks_missing == 0
-    return dict(zip([*(case.id for case in CASES), "off"], found, strict=True))
+    found = wide_engine.ask(
+        *(ask_of(case, STEPS) for case in PACKED), Ask(DESCRIBE, (1,), None, STEPS)
+    )
+    assert wide_engine.blocks_missing == 0
+    return dict(zip([*(case.id for case in PACKED), "off"], found, strict=True))
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in PACKED])
 def test_engine_equals_a_transformers_loop_with_the_same_channels_zeroed(
-    answers: dict[str, Answer], thin_oracle: Oracle, case: Any
+    answers: dict[str, Answer], wide_oracle: Oracle, case: Any
 ) -> None:
-    ask = ask_of(case)
-    thinned = assert_like_oracle(thin_oracle, ask, answers[case.id]).thinned
+    ask = ask_of(case, STEPS)
+    thinned = assert_like_oracle(wide_oracle, ask, answers[case.id]).thinned
     assert thinned is not None
     # the loop must have zeroed something, or it would equal a model without pruning
     assert all(count > 0 for count in thinned.counts.values())
 
 
 def test_a_neighbour_that_keeps_everything_equals_the_loop(
-    answers: dict[str, Answer], thin_oracle: Oracle
+    answers: dict[str, Answer], wide_oracle: Oracle
 ) -> None:
-    assert_like_oracle(thin_oracle, Ask(DESCRIBE, (1,), None, STEPS), answers["off"])
+    assert_like_oracle(wide_oracle, Ask(DESCRIBE, (1,), None, STEPS), answers["off"])
 
 
 def test_channels_change_the_answer_so_the_comparison_can_fail(
-    thin: Engine, answers: dict[str, Answer]
+    wide_engine: Engine, answers: dict[str, Answer]
 ) -> None:
-    (full,) = thin.ask(Ask(STORY, max_tokens=STEPS))
+    (full,) = wide_engine.ask(Ask(STORY, max_tokens=STEPS))
     found = answers["half-of-the-keys"]
     assert not full.agrees_with(found)
     # the prompt is attended to with all channels, so the first token is exact
     assert full.tokens[0] == found.tokens[0]
     for token in full.logprobs[0].keys() & found.logprobs[0].keys():
-        assert math.isclose(full.logprobs[0][token], found.logprobs[0][token], abs_tol=2e-5)
+        assert math.isclose(full.logprobs[0][token], found.logprobs[0][token], abs_tol=ROUNDING)
 
 
 def test_engine_keeps_the_channels_that_float64_scores_keep(
-    thin: Engine, thin_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+    wide_engine: Engine, wide_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[list[list[int]]] = []
     select = Think.select_keys
@@ -124,8 +96,8 @@ def test_engine_keeps_the_channels_that_float64_scores_keep(
 
     monkeypatch.setattr(Think, "select_keys", recorded)
     ask = Ask(STORY, (), channels(), max_tokens=2)
-    (answer,) = thin.ask(ask)
-    thinned = assert_like_oracle(thin_oracle, ask, answer).thinned
+    (answer,) = wide_engine.ask(ask)
+    thinned = assert_like_oracle(wide_oracle, ask, answer).thinned
     assert thinned is not None
     expected = [[keys for keys, _ in thinned.chosen[layer]] for layer in sorted(thinned.chosen)]
     assert found == expected
@@ -143,9 +115,11 @@ def test_chunks_of_the_prompt_end_at_the_same_channels(
         allow_channel_pruning=True,
     )
     try:
-        cases = [c for c in CASES if "visual" not in str(c.values[2]) and not c.values[1]]
-        for case, in_chunks in zip(cases, engine.ask(*map(ask_of, cases)), strict=True):
-            assert in_chunks.agrees_with(answers[case.id], 2e-5), case.id
+        cases = [c for c in PACKED if "visual" not in str(c.values[2]) and not c.values[1]]
+        for case, in_chunks in zip(
+            cases, engine.ask(*(ask_of(case, STEPS) for case in cases)), strict=True
+        ):
+            assert in_chunks.agrees_with(answers[case.id], ROUNDING), case.id
         assert engine.blocks_missing == 0
     finally:
         engine.close()

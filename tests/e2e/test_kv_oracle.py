@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.e2e.support import Engine
-from tests.oracle.asks import COMPARE, DESCRIBE, STORY, Answer, Ask, kv, visual
+from tests.e2e.cases import EVICTED, ask_of
+from tests.e2e.support import ROUNDING, Engine
+from tests.oracle.asks import DESCRIBE, STORY, Answer, Ask, kv
 from tests.oracle.kv import Evicted, lag_choice
 from tests.oracle.loop import Oracle
 from tests.oracle.request import assert_like_oracle
@@ -24,48 +24,20 @@ CHUNK = 64
 
 
 @pytest.fixture(scope="module")
-def chunked(checkpoint: Path) -> Iterator[Engine]:
+def chunked(lend: Callable[..., Engine]) -> Engine:
     """An engine without stages that cuts prompts into small chunks."""
-    engine = Engine(checkpoint, prune_layers=[], max_num_batched_tokens=CHUNK, max_num_seqs=8)
-    yield engine
-    engine.close()
-
-
-CASES = [
-    pytest.param(STORY, (), kv("lagkv"), id="lagkv-text"),
-    pytest.param(STORY, (), kv("lagkv", 0.5, sink=0, lag=13), id="lagkv-no-sink-odd-lag"),
-    pytest.param(STORY, (), kv("lagkv", 1.0), id="lagkv-keeps-all"),
-    pytest.param(STORY, (), kv("lagkv", 0.01, lag=16), id="lagkv-one-token-left"),
-    pytest.param(STORY, (), kv("streaming"), id="streaming"),
-    pytest.param(STORY, (), kv("random", seed=3), id="random"),
-    pytest.param(DESCRIBE, (1,), kv("lagkv"), id="lagkv-image"),
-    pytest.param(COMPARE, (1, 2), kv("lagkv") | visual("uniform"), id="with-uniform"),
-    pytest.param(COMPARE, (1, 2), kv("lagkv") | visual("transprune", 0.125), id="with-transprune"),
-    pytest.param(
-        COMPARE,
-        (1, 2),
-        kv("lagkv") | visual("vflowopt", 0.3, threshold=1.5, alpha=0.3),
-        id="with-vflowopt",
-    ),
-    pytest.param(
-        DESCRIBE, (3,), kv("streaming") | visual("random", 0.1), id="streaming-with-random"
-    ),
-]
-
-
-def ask_of(case: Any) -> Ask:
-    return Ask(*case.values, max_tokens=40)
+    return lend(prune_layers=[], max_num_batched_tokens=CHUNK, max_num_seqs=8)
 
 
 @pytest.fixture(scope="module")
 def answers(engine: Engine) -> dict[str, Answer]:
     """All cases in one batch, with a request that evicts nothing."""
-    found = engine.ask(*map(ask_of, CASES), Ask(DESCRIBE, (1,), None, 40))
+    found = engine.ask(*map(ask_of, EVICTED), Ask(DESCRIBE, (1,), None, 40))
     assert engine.blocks_missing == 0
-    return dict(zip([*(case.id for case in CASES), "off"], found, strict=True))
+    return dict(zip([*(case.id for case in EVICTED), "off"], found, strict=True))
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in EVICTED])
 def test_engine_equals_a_transformers_loop_that_holds_the_same_keys_and_values(
     answers: dict[str, Answer], oracle: Oracle, case: Any
 ) -> None:
@@ -98,9 +70,9 @@ def test_evicting_after_each_chunk_equals_the_loop_in_chunks(
 def test_evicting_at_the_prompt_end_does_not_depend_on_the_chunk_size(
     answers: dict[str, Answer], chunked: Engine
 ) -> None:
-    cases = [c for c in CASES if c.id in ("lagkv-text", "streaming", "random")]
+    cases = [c for c in EVICTED if c.id in ("lagkv-text", "streaming", "random")]
     for case, in_chunks in zip(cases, chunked.ask(*map(ask_of, cases)), strict=True):
-        assert in_chunks.agrees_with(answers[case.id], 2e-5), case.id
+        assert in_chunks.agrees_with(answers[case.id], ROUNDING), case.id
     assert chunked.blocks_missing == 0
 
 

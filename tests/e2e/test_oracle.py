@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from tests.e2e.support import Engine
 from tests.oracle.asks import COMPARE, DESCRIBE, Ask, visual
 from tests.oracle.loop import Oracle
 from tests.oracle.request import SHAPE, assert_like_oracle
-from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import SelectInputs
 from tokenprune.policies.visual.transprune import TransPrune
 
@@ -77,34 +75,6 @@ def test_engine_picks_the_rows_that_float64_scores_pick(
         ranks = [ranks[i] for i in local]
         found[layer] = ranks
     assert found == expected
-
-
-FAMILIES = [
-    pytest.param("mistral", "llava", id="mistral"),
-    pytest.param("qwen2", "llava", id="qwen2"),
-    pytest.param("qwen3", "llava", id="qwen3"),
-    pytest.param("llama", "llava_next", id="llava-next"),
-    pytest.param("qwen2", "llava_onevision", id="llava-onevision"),
-]
-
-
-@pytest.mark.parametrize(("family", "architecture"), FAMILIES)
-def test_other_decoders_and_image_layouts_equal_their_oracle(
-    family: Any, architecture: Any, tmp_path: Path
-) -> None:
-    path = Path(build_checkpoint(tmp_path / "model", family=family, architecture=architecture))
-    oracle, engine = Oracle(path), Engine(path)
-    try:
-        asks = [
-            Ask(DESCRIBE, (1,)),
-            Ask(DESCRIBE, (1,), visual("uniform", 0.3)),
-            Ask(DESCRIBE, (2,), visual("transprune", 0.2)),
-        ]
-        for ask, answer in zip(asks, engine.ask(*asks), strict=True):
-            assert_like_oracle(oracle, ask, answer)
-        assert engine.blocks_missing == 0
-    finally:
-        engine.close()
 
 
 def test_the_oracle_has_as_many_layers_as_the_shape_says(oracle: Oracle) -> None:

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.e2e.support import Engine
-from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, WIDE, Answer, Ask, image, visual
+from tests.e2e.support import ROUNDING, Engine
+from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, Answer, Ask, image, vflowopt, visual
 from tests.oracle.loop import Oracle
 from tests.oracle.request import assert_like_oracle, layout_of
-from tests.oracle.visual import importance_of
-from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.policies import ImageInputs
 from tokenprune.policies.visual.vflowopt import VFlowOpt
 
 pytestmark = pytest.mark.vllm
-
-# see test_batches
-ROUNDING = 2e-5
-# room for one image of 144 tokens and some text
-CHUNK = 192
-
-
-def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any]:
-    keys = visual("vflowopt", keep_ratio or 0, **parameters)
-    if keep_ratio is None:
-        del keys["pruning_visual_keep_ratio"]
-    return keys
-
 
 STORY = "USER: <image>\nA first one. <image> Then another, <image>\nWhich was it?\nASSISTANT:"
 # a chunk that ends in the middle of the image, if it may
@@ -106,8 +87,7 @@ def test_parameters_change_the_answer_so_the_comparison_can_fail(
 
 def tower_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the images of each run of the vision tower."""
-    runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    model, runs = runner.model_runner.model, []
+    model, runs = engine.runner.model, []
     embed = model.embed_multimodal
 
     def counted(**kwargs: Any) -> Any:
@@ -116,11 +96,6 @@ def tower_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(model, "embed_multimodal", counted)
     return runs
-
-
-def encoder_cache(engine: Engine) -> Any:
-    executor = engine.llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner.encoder_cache
 
 
 def test_an_image_in_the_encoder_cache_keeps_the_same_tokens_without_another_run(
@@ -165,25 +140,11 @@ def test_an_image_cached_without_scores_is_scored_by_one_more_run(
 
 
 def test_requests_that_ask_for_no_scores_leave_none(engine: Engine) -> None:
-    cache = encoder_cache(engine)
+    cache = engine.runner.encoder_cache
     before = dict(cache.scores)
     engine.ask(Ask(DESCRIBE, (30,), visual("uniform")), Ask(DESCRIBE, (31,)))
     assert cache.scores == before
     assert len(cache.encoder_outputs) > len(before)
-
-
-@pytest.fixture(scope="module")
-def cramped(checkpoint: Path) -> Iterator[Engine]:
-    """An engine that must cut prompts into chunks, preempt, and forget images."""
-    engine = Engine(
-        checkpoint,
-        max_num_batched_tokens=CHUNK,
-        max_model_len=512,
-        num_gpu_blocks_override=140,
-        max_num_seqs=6,
-    )
-    yield engine
-    engine.close()
 
 
 def chunks_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -239,36 +200,11 @@ def test_all_requests_together_in_chunks_equal_each_alone(
     asks = [CASES[name] for name in CHUNKED]
     for name, answer in zip(CHUNKED, cramped.ask(*asks), strict=True):
         assert answer.agrees_with(answers[name], ROUNDING), name
-    assert cramped.blocks_missing == 0
-    assert not cramped.scheduler._plans
-
-
-def test_preempted_requests_end_as_if_they_had_run_alone(
-    cramped: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asks = [
-        Ask(DESCRIBE, (seed,), pruning, max_tokens=150)
-        for seed in (1, 2, 3)
-        for pruning in (vflowopt(0.5, threshold=1.5), None)
-    ]
-    alone = [cramped.ask(ask)[0] for ask in asks]
-    preempted = []
-    preempt = cramped.scheduler._preempt_request
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        preempted.append(1)
-        return preempt(*args, **kwargs)
-
-    monkeypatch.setattr(cramped.scheduler, "_preempt_request", counted)
-    together = cramped.ask(*asks)
-    assert preempted, "the pool must be too small for all of them"
-    for ask, expected, answer in zip(asks, alone, together, strict=True):
-        assert answer.agrees_with(expected, 1e-3), ask
-    assert cramped.blocks_missing == 0
+    assert cramped.is_idle
 
 
 def test_maps_go_when_their_image_leaves_the_encoder_cache(cramped: Engine) -> None:
-    cache = encoder_cache(cramped)
+    cache = cramped.runner.encoder_cache
     ask = Ask(DESCRIBE, (50,), vflowopt(0.3))
     (first,) = cramped.ask(ask)
     (name,) = list(cache.scores)[-1:]
@@ -279,54 +215,3 @@ def test_maps_go_when_their_image_leaves_the_encoder_cache(cramped: Engine) -> N
     assert set(cache.scores) <= set(cache.encoder_outputs)
     (again,) = cramped.ask(ask)
     assert again.agrees_with(first, ROUNDING)
-
-
-def test_the_frames_of_a_video_equal_their_oracle(tmp_path: Path) -> None:
-    path = Path(build_checkpoint(tmp_path / "model", architecture="llava_onevision"))
-    oracle = Oracle(path)
-    engine = Engine(path, limit_mm_per_prompt={"image": 1, "video": 1})
-    film = np.stack([np.asarray(image(seed)) for seed in (1, 2, 1, 3)])
-    prompt = "USER: <video>\nWhat happens, and is it in <image>\n?\nASSISTANT:"
-    try:
-        for pruning in (None, vflowopt(0.3, threshold=1.5), vflowopt(0.2, alpha=1.5)):
-            ask = Ask(prompt, (), pruning)
-            data = {"video": [film], "image": [image(5)]}
-            (answer,) = engine.ask_with(ask, data)
-            assert_like_oracle(oracle, ask, answer, pictures=[film, image(5)])
-        assert engine.blocks_missing == 0
-    finally:
-        engine.close()
-
-
-FAMILIES = [
-    pytest.param("llama", "llava_next", id="llava-next"),
-    pytest.param("qwen2", "llava_onevision", id="llava-onevision"),
-]
-
-
-@pytest.mark.parametrize(("family", "architecture"), FAMILIES)
-def test_tiles_and_line_breaks_equal_their_oracle(
-    family: Any, architecture: Any, tmp_path: Path
-) -> None:
-    path = Path(build_checkpoint(tmp_path / "model", family=family, architecture=architecture))
-    oracle, engine = Oracle(path), Engine(path)
-    try:
-        asks = [
-            Ask(DESCRIBE, (1,)),
-            Ask(DESCRIBE, (1,), vflowopt(0.3)),
-            Ask(DESCRIBE, (WIDE,), vflowopt(0.3, threshold=1.5, cell=5)),
-            Ask(DESCRIBE, (WIDE,), vflowopt(0.5, threshold=1.5, alpha=1.0)),
-            Ask(DESCRIBE, (WIDE,), vflowopt(0.01)),
-            Ask(COMPARE, (WIDE + 1, 2), vflowopt(0.2, threshold=1.5)),
-        ]
-        for ask, answer in zip(asks, engine.ask(*asks), strict=True):
-            kept = assert_like_oracle(oracle, ask, answer).trace.kept
-            if ask.pruning and ask.images == (WIDE,):
-                importance, grids = importance_of(oracle, image(WIDE), 1.5, 0)
-                assert grids[1][0] < 4 * 144 + 24, "the wide picture must be unpadded"
-                breaks = [i for i, x in enumerate(importance) if math.isinf(x)]
-                first = kept[0]
-                assert set(breaks) <= set(first) or set(first) <= set(breaks)
-        assert engine.blocks_missing == 0
-    finally:
-        engine.close()

@@ -34,6 +34,14 @@ def visual(method: str, keep_ratio: float = 0.25, **parameters: Any) -> dict[str
     return {f"pruning_visual_{k}": v for k, v in keys.items()}
 
 
+def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any]:
+    """Return the flat keys of VFlowOpt; None leaves the kept share to other parameters."""
+    keys = visual("vflowopt", keep_ratio or 0, **parameters)
+    if keep_ratio is None:
+        del keys["pruning_visual_keep_ratio"]
+    return keys
+
+
 def kv(method: str, keep_ratio: float = 0.25, **parameters: Any) -> dict[str, Any]:
     """Return the flat keys of KV eviction, with partitions small enough for short prompts."""
     keys = {"method": method, "keep_ratio": keep_ratio, "sink": 4, "lag": 8, **parameters}

@@ -78,7 +78,7 @@ def assert_like_oracle(
 ) -> Comparison:
     """Compare as `compare` does, and refuse log-probs that are further off than rounding is."""
     found = compare(oracle, ask, answer, chunk=chunk, pictures=pictures)
-    assert found.difference <= TOLERANCE, ask
+    assert found.difference <= TOLERANCE, f"{found.difference} off for {ask}"
     return found
 
 
