@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, no_type_check
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.ops.launch import choose_backend, describe, device_guard, next_power_of_2
+from tokenprune.kernels.ops.backend import choose_backend, describe, device_guard, next_power_of_2
 
 if TYPE_CHECKING:
     import triton.language as tl  # noqa: F401 - mypy resolves the annotations of the kernels

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, no_type_check
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.ops.launch import (
+from tokenprune.kernels.ops.backend import (
     ceil_div,
     choose_backend,
     describe,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokenprune.kernels import transition_scores
-from tokenprune.kernels.ops.launch import choose_backend
+from tokenprune.kernels.ops.backend import choose_backend
 
 
 def _run(script, **environment):
