@@ -8,22 +8,10 @@ overwrites, no later tile reads. Moves bytes and does no arithmetic: kernel and 
 exactly. One program per head and run of channels walks over the rows; scratch is one tile.
 """
 
-import functools
-from typing import TYPE_CHECKING, no_type_check
-
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.ops.launch import (
-    ceil_div,
-    choose_backend,
-    describe,
-    device_guard,
-    next_power_of_2,
-)
-
-if TYPE_CHECKING:
-    import triton.language as tl  # noqa: F401 - mypy resolves the annotations of the kernels
+from tokenprune.kernels.ops.backend import choose_backend, describe
 
 # rows of each head that the reference holds at once
 TILE = 2048
@@ -54,7 +42,9 @@ def lag_compact(
     if choose_backend(backend, cache.device) == "torch":
         lag_compact_reference(cache, blocks, source, begin)
     else:
-        _lag_compact_triton(cache, blocks, source, begin)
+        from tokenprune.kernels.ops.triton.lag_compact import lag_compact_triton
+
+        lag_compact_triton(cache, blocks, source, begin)
 
 
 def lag_compact_reference(cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
@@ -67,65 +57,3 @@ def lag_compact_reference(cache: Tensor, blocks: Tensor, source: Tensor, begin: 
         put = begin + start + torch.arange(take.shape[1], device=cache.device)
         rows = cache[blocks[take // block_size], heads, take % block_size]  # [h, tile, w]
         cache[blocks[put // block_size], heads, put % block_size] = rows
-
-
-def _lag_compact_triton(cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
-    h, width = cache.shape[1], cache.shape[3]
-    if source.shape[1] == 0:
-        return
-    block_w = min(next_power_of_2(width), 64)
-    with device_guard(cache):
-        _kernel()[(h, ceil_div(width, block_w))](
-            *(cache, blocks.contiguous(), source.contiguous()),
-            *(begin, source.shape[1], source.shape[1] if source.shape[0] > 1 else 0),
-            *(cache.shape[2], width, *cache.stride()[:3]),
-            BLOCK_M=8192 // block_w,
-            BLOCK_W=block_w,
-            num_warps=8,
-        )
-
-
-@functools.cache
-@no_type_check
-def _kernel():
-    # triton is imported and its kernels are decorated on first use: the torch form needs neither
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def compact_kernel(
-        cache_ptr,
-        blocks_ptr,
-        source_ptr,
-        begin,
-        num_rows,
-        stride_source,
-        block_size,
-        width,
-        stride_b,
-        stride_h,
-        stride_s,
-        BLOCK_M: tl.constexpr,
-        BLOCK_W: tl.constexpr,
-    ):
-        head = tl.program_id(0).to(tl.int64)
-        cache_ptr += head * stride_h
-        source_ptr += head * stride_source
-        cols = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-        for start in range(0, num_rows, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            in_range = rows < num_rows
-            in_tile = in_range[:, None] & (cols < width)[None, :]
-            take = tl.load(source_ptr + rows, mask=in_range, other=0)
-            put = begin + rows
-            from_block = tl.load(blocks_ptr + take // block_size, mask=in_range, other=0)
-            to_block = tl.load(blocks_ptr + put // block_size, mask=in_range, other=0)
-            at = from_block.to(tl.int64) * stride_b + (take % block_size) * stride_s
-            to = to_block.to(tl.int64) * stride_b + (put % block_size) * stride_s
-            tile = tl.load(cache_ptr + at[:, None] + cols[None, :], mask=in_tile, other=0.0)
-            # other threads may overwrite what this one reads
-            tl.debug_barrier()
-            tl.store(cache_ptr + to[:, None] + cols[None, :], tile, mask=in_tile)
-
-    return compact_kernel

@@ -11,16 +11,10 @@ The kernel counts, for each pixel, the pixels of its patch that are equal to it,
 histogram: H = log2 P - mean over pixels of log2(count).
 """
 
-import functools
-from typing import TYPE_CHECKING, no_type_check
-
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.ops.launch import choose_backend, describe, device_guard, next_power_of_2
-
-if TYPE_CHECKING:
-    import triton.language as tl  # noqa: F401 - mypy resolves the annotations of the kernels
+from tokenprune.kernels.ops.backend import choose_backend, describe
 
 
 def patch_entropy(image: Tensor, patch: int, *, backend: str | None = None) -> Tensor:
@@ -41,16 +35,9 @@ def patch_entropy(image: Tensor, patch: int, *, backend: str | None = None) -> T
     _check(image, patch)
     if choose_backend(backend, image.device) == "torch":
         return patch_entropy_reference(image, patch).float()
-    grey = _grey_patches(image, patch).to(torch.uint8).contiguous()
-    patches, pixels = grey.shape
-    out = torch.empty(patches, dtype=torch.float32, device=image.device)
-    with device_guard(image):
-        _kernel()[(patches,)](
-            *(grey, out, pixels),
-            BLOCK_P=next_power_of_2(pixels),
-            BLOCK_J=min(next_power_of_2(pixels), 32),
-        )
-    return out
+    from tokenprune.kernels.ops.triton.patch_entropy import entropy
+
+    return entropy(_grey_patches(image, patch).to(torch.uint8).contiguous())
 
 
 def patch_entropy_reference(image: Tensor, patch: int) -> Tensor:
@@ -67,33 +54,6 @@ def _grey_patches(image: Tensor, patch: int) -> Tensor:
     rows, cols = image.shape[1] // patch, image.shape[2] // patch
     grey = image[:, : rows * patch, : cols * patch].to(torch.int64).sum(0) // 3
     return grey.view(rows, patch, cols, patch).transpose(1, 2).reshape(rows * cols, -1)
-
-
-@functools.cache
-@no_type_check
-def _kernel():
-    # triton is imported and its kernel is decorated on first use: the torch form needs neither
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def entropy_kernel(grey_ptr, out_ptr, pixels, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr):
-        start = tl.program_id(0).to(tl.int64) * pixels
-        at = tl.arange(0, BLOCK_P)  # [BLOCK_P]
-        mine = tl.load(grey_ptr + start + at, mask=at < pixels, other=0).to(tl.int32)
-        equal = tl.zeros([BLOCK_P], tl.int32)
-        for first in range(0, pixels, BLOCK_J):
-            other_at = first + tl.arange(0, BLOCK_J)  # [BLOCK_J]
-            # a value that no pixel has stands for what lies behind the patch
-            other = tl.load(grey_ptr + start + other_at, mask=other_at < pixels, other=0)
-            other = tl.where(other_at < pixels, other.to(tl.int32), -1)
-            equal += tl.sum((mine[:, None] == other[None, :]).to(tl.int32), axis=1)
-        bits = tl.where(at < pixels, tl.log2(tl.maximum(equal, 1).to(tl.float32)), 0.0)
-        count = pixels.to(tl.float32)
-        tl.store(out_ptr + tl.program_id(0), tl.log2(count) - tl.sum(bits, axis=0) / count)
-
-    return entropy_kernel
 
 
 def _check(image: Tensor, patch: int) -> None:

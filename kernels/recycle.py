@@ -19,24 +19,13 @@ each row in a fixed order in float32, and the reference differs by rounding only
 as they are come out bit for bit.
 """
 
-import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, no_type_check
 
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.ops.launch import (
-    ceil_div,
-    choose_backend,
-    describe,
-    device_guard,
-    next_power_of_2,
-)
-
-if TYPE_CHECKING:
-    import triton.language as tl  # noqa: F401 - mypy resolves the annotations of the kernels
+from tokenprune.kernels.ops.backend import ceil_div, choose_backend, describe
 
 
 def recycle(
@@ -68,10 +57,13 @@ def recycle(
     """
     grids = [(len(features), grid_width)] if isinstance(grid_width, int) else list(grid_width)
     _check(features, importance, grids, keep, cell)
-    chosen = choose_backend(backend, features.device)
+    on_torch = choose_backend(backend, features.device) == "torch"
     cells, num_cells = _cells(grids, cell, features.device)
     kept, slot, weight = _choose(importance, cells, num_cells, keep)
-    fold = _fold if chosen == "torch" else _fold_triton
+    if on_torch:
+        return kept, _fold(features, slot, weight, keep).to(features.dtype)
+    from tokenprune.kernels.ops.triton.recycle import fold
+
     return kept, fold(features, slot, weight, keep).to(features.dtype)
 
 
@@ -149,67 +141,6 @@ def _fold(features: Tensor, slot: Tensor, weight: Tensor, keep: int) -> Tensor:
     share = torch.where(total > 0, weight / total, 1 / count)
     out = torch.zeros(keep + 1, features.shape[1], dtype=dtype, device=features.device)
     return out.index_add_(0, slot, features.to(dtype) * share.to(dtype)[:, None])[:keep]
-
-
-def _fold_triton(features: Tensor, slot: Tensor, weight: Tensor, keep: int) -> Tensor:
-    d = features.shape[1]
-    ordered = slot.sort(stable=True)
-    rows = torch.arange(keep + 1, device=slot.device)
-    begin = torch.searchsorted(ordered.values, rows)
-    block_d = min(next_power_of_2(d), 1024)
-    out = torch.empty(keep, d, dtype=torch.float32, device=features.device)
-    with device_guard(features):
-        _kernel()[(keep, ceil_div(d, block_d))](
-            *(features, ordered.indices, begin, weight.float()),  # inputs
-            out,  # output
-            *(d, *features.stride()),
-            BLOCK_D=block_d,
-        )
-    return out
-
-
-@functools.cache
-@no_type_check
-def _kernel():
-    # triton is imported and its kernel is decorated on first use: the torch form needs neither
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def fold_kernel(
-        features_ptr,
-        members_ptr,
-        begin_ptr,
-        weight_ptr,
-        out_ptr,
-        d,
-        stride_n,
-        stride_d,
-        BLOCK_D: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-        begin = tl.load(begin_ptr + row)
-        end = tl.load(begin_ptr + row + 1)
-        weighted = tl.zeros([BLOCK_D], tl.float32)
-        plain = tl.zeros([BLOCK_D], tl.float32)
-        total = 0.0
-        for at in range(begin, end):
-            member = tl.load(members_ptr + at)
-            weight = tl.load(weight_ptr + member)
-            at_x = member * stride_n + column.to(tl.int64) * stride_d
-            x = tl.load(features_ptr + at_x, mask=column < d, other=0.0).to(tl.float32)
-            weighted += weight * x
-            plain += x
-            total += weight
-        count = (end - begin).to(tl.float32)
-        # a token that stays as it is must not be multiplied and divided by its weight
-        even = (total <= 0) | (count == 1)
-        folded = tl.where(even, plain / count, weighted / tl.where(even, 1.0, total))
-        tl.store(out_ptr + row * d + column, folded, mask=column < d)
-
-    return fold_kernel
 
 
 def _check(

@@ -50,7 +50,9 @@ class Rule:
 
 RULES = [
     Rule("kernels", only=frozenset({"torch", "triton", "tokenprune.kernels"})),
-    Rule("tokenprune/kernels", only=frozenset({"torch", "triton", "tokenprune.kernels"})),
+    # launch code and kernels know no operator: what they need is handed to them
+    Rule("kernels/triton", only=frozenset({"torch", "triton", "tokenprune.kernels.ops.backend"})),
+    Rule("tokenprune/kernels", only=frozenset({"torch", "tokenprune.kernels"})),
     Rule("tokenprune/__init__.py", only=frozenset()),
     Rule("tokenprune/errors.py", only=frozenset()),
     Rule("tokenprune/figures.py", only=frozenset({"pydantic"})),
@@ -175,6 +177,27 @@ def test_only_the_engine_room_knows_vllm() -> None:
     assert any(name.startswith(f"{VLLM_ROOM}/") for name in knowing), "the engine room is empty"
     outside = {name for name in knowing if not name.startswith(f"{VLLM_ROOM}/")}
     assert outside == set(VLLM_EXCEPTIONS), "the list of exceptions must match the code"
+
+
+def test_triton_waits_until_a_kernel_runs() -> None:
+    """Operators reach it through `kernels/triton/` and from inside a function only."""
+    files = [path for path in (ROOT / "kernels").glob("*.py") if path.name != "backend.py"]
+    assert files, "kernels holds no operator"
+    for file in files:
+        source = file.read_text()
+        assert _violations(source, Rule("kernels", never=frozenset({"triton"}))) == [], file.name
+        early = [
+            module
+            for node in ast.parse(source).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for module in _modules(node)
+            if _is_below(module, frozenset({"tokenprune.kernels.ops.triton"}))
+        ]
+        assert early == [], f"{file.name} imports its kernels before one runs"
+    # whether Triton interprets is a question to Triton, asked when a backend is chosen
+    body = ast.parse((ROOT / "kernels" / "backend.py").read_text()).body
+    early = [m for n in body if isinstance(n, ast.Import | ast.ImportFrom) for m in _modules(n)]
+    assert not any(_is_below(module, frozenset({"triton"})) for module in early)
 
 
 @pytest.mark.parametrize("path", ["tokenprune", "server", "kernels", "tests"])

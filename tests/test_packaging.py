@@ -33,8 +33,9 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return {name for name in archive.namelist() if not name.endswith("/")}
 
 
-@pytest.mark.parametrize("room", ["server", "kernels"])
+@pytest.mark.parametrize("room", ["server", "kernels", "kernels/triton"])
 def test_top_level_rooms_are_no_packages(room: str) -> None:
+    # a folder without that file gives way to an installed package of its name
     assert (ROOT / room).is_dir()
     assert not (ROOT / room / "__init__.py").exists()
 
@@ -75,6 +76,17 @@ def test_a_package_called_kernels_wins_over_our_folder(tmp_path: Path) -> None:
     assert answer.stdout.strip() == "somebody else"
 
 
+@pytest.mark.parametrize("folder", [".", "kernels", "tokenprune/kernels/ops"])
+def test_our_folder_of_kernels_does_not_stand_in_for_triton(folder: str) -> None:
+    # `python -c` puts the folder it starts in first on the path
+    code = "import triton, triton.language; print(triton.__file__)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT / folder
+    )
+    assert not Path(answer.stdout.strip()).is_relative_to(ROOT / "kernels")
+    assert answer.stdout.strip().endswith("triton/__init__.py")
+
+
 @pytest.mark.parametrize(
     ("room", "packaged"), [("server", "tokenprune/server"), ("kernels", "tokenprune/kernels/ops")]
 )
@@ -87,6 +99,10 @@ def test_wheel_holds_the_linked_rooms_as_files(
     }
     assert sources, f"{room}/ holds no Python file"
     assert sources <= wheel_names
+
+
+def test_wheel_holds_the_triton_kernels_beside_their_operators(wheel_names: set[str]) -> None:
+    assert "tokenprune/kernels/ops/triton/lag_keep.py" in wheel_names
 
 
 def test_wheel_holds_the_interpreter_backend_for_triton(wheel_names: set[str]) -> None:

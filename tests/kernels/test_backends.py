@@ -4,12 +4,17 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
 from tokenprune.kernels import transition_scores
-from tokenprune.kernels.ops.launch import choose_backend
+from tokenprune.kernels.ops.backend import choose_backend
+
+MODULES = sorted(
+    path.stem for path in (Path(__file__).parents[2] / "kernels" / "triton").glob("*.py")
+)
 
 
 def _run(script, **environment):
@@ -64,45 +69,57 @@ def test_a_late_switch_is_refused_with_the_way_out():
     assert "ValueError: tensors must be on a CUDA device" in done.stderr
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
-    # the interpreter accepts more than the compiler does
+@pytest.mark.parametrize("integers", ["i32", "one"])
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path, integers):
+    # the interpreter accepts more than the compiler does; an argument of one is a constant to it
     done = _run(
-        """
-        from triton import compile
+        f"""
+        import importlib
+        from triton import JITFunction, compile
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from tokenprune.kernels.ops import (
-            attention_importance, instruction_attention, lag_compact, lag_keep, lag_scores,
-            patch_entropy, recycle, transition_scores
-        )
 
-        inputs = ("x_in_ptr", "x_out_ptr", "q_ptr", "k_ptr", "z_ptr", "cache_ptr", "features_ptr")
-        types = dict.fromkeys(inputs, "*bf16") | {
+        bf16 = ("x_ptr", "x_in_ptr", "x_out_ptr", "q_ptr", "k_ptr", "z_ptr", "cache_ptr")
+        bf16 += ("features_ptr", "out_ptr")
+        types = dict.fromkeys(bf16, "*bf16") | {{
             "visual_ptr": "*i1", "rows_ptr": "*i64", "q_rows_ptr": "*i64",
-            "visual_keys_ptr": "*i64", "scale_log2": "fp32",
-            "kept_ptr": "*i64", "source_ptr": "*i64", "blocks_ptr": "*i32",
+            "visual_keys_ptr": "*i64", "scale": "fp32", "scale_log2": "fp32",
+            "kept_ptr": "*i64", "source_ptr": "*i64", "blocks_ptr": "*i32", "places_ptr": "*i16",
             "members_ptr": "*i64", "begin_ptr": "*i64", "grey_ptr": "*u8",
-        }
-        constants = {
+        }}
+        constants = {{
             "SIGNED": False, "ALL_ROWS": False, "BLOCK": 256, "BLOCK_D": 1024, "WIDEN": False,
-            "BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_DH": 64, "SPLITS": 4,
+            "BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_DH": 64, "SPLITS": 4, "RUN": 1024,
             "ACCUMULATE": True, "CONSTANT": 1e-6, "MAX_NORMALISED": 1e15, "BLOCK_L": 8,
-            "BLOCK_J": 16, "BLOCK_W": 64, "BLOCK_P": 256,
-        }
-        one = (lag_scores, lag_keep, lag_compact, patch_entropy, recycle)
-        two = (transition_scores, instruction_attention, attention_importance)
-        for kernel in [m._kernel() for m in one] + [k for m in two for k in m._kernels()]:
-            signature = {
-                name: "constexpr" if name in constants
-                else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-                for name in kernel.arg_names
-            }
-            used = {name: constants[name] for name in kernel.arg_names if name in constants}
-            source = ASTSource(kernel, signature, used)
-            assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-            print(kernel.__name__)
+            "BLOCK_J": 16, "BLOCK_W": 64, "BLOCK_P": 256, "BLOCK_T": 32, "BLOCK_G": 16,
+            "BLOCK_S": 4, "FIELDS": 5,
+        }}
+        small = {{"packed_decode_attention": {{"BLOCK_D": 64}}}}
+        others = {{
+            "packed_decode_attention": {{"rows_ptr": "*i32"}},
+            "patch_entropy": {{"out_ptr": "*fp32"}},
+            "recycle": {{"out_ptr": "*fp32"}},
+        }}
+        for module in {MODULES}:
+            mine = types | others.get(module, {{}})
+            known = constants | small.get(module, {{}})
+            found = importlib.import_module(f"tokenprune.kernels.ops.triton.{{module}}")
+            for name, kernel in vars(found).items():
+                if not isinstance(kernel, JITFunction) or name.startswith("_"):
+                    continue
+                used = {{x: known[x] for x in kernel.arg_names if x in known}}
+                signature = {{
+                    x: "*fp32" if x.endswith("_ptr") else "i32" for x in kernel.arg_names
+                }}
+                signature |= {{x: mine[x] for x in kernel.arg_names if x in mine}}
+                if {integers!r} == "one":
+                    used |= {{x: 1 for x in signature if signature[x] == "i32" and x not in used}}
+                signature |= dict.fromkeys(used, "constexpr")
+                source = ASTSource(kernel, signature, used)
+                assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+                print(name)
         """,
         TRITON_CACHE_DIR=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 11
+    assert len(done.stdout.split()) == 14
