@@ -90,7 +90,7 @@ def test_wheel_holds_the_linked_rooms_as_files(
 
 
 def test_wheel_holds_the_interpreter_backend_for_triton(wheel_names: set[str]) -> None:
-    site = "tokenprune/triton_cpu/site/"
+    site = "tokenprune/vllm_on_cpu/site/"
     files = [name for name in wheel_names if name.startswith(site) and ".dist-info/" in name]
     assert any(name.endswith("/entry_points.txt") for name in files)
 

@@ -34,8 +34,8 @@ class PruningWorker(PlatformWorker):
         if not current_platform.is_cpu():
             super().init_device()
             return
-        from tokenprune.engine import cpu_kernels
         from tokenprune.engine.runner import CPUPruningModelRunner
+        from tokenprune.vllm_on_cpu import kernels as cpu_kernels
 
         cpu_kernels.register()
         # CPUWorker imports its runner inside init_device and offers no other way in; this is the
