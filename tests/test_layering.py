@@ -54,6 +54,7 @@ RULES = [
     Rule("tokenprune/kernels", only=frozenset({"torch", "triton", "tokenprune.kernels"})),
     Rule("tokenprune/__init__.py", only=frozenset()),
     Rule("tokenprune/errors.py", only=frozenset()),
+    Rule("tokenprune/installation.py", only=frozenset({"tokenprune.errors"})),
     Rule("tokenprune/lengths.py", only=frozenset()),
     Rule(
         "tokenprune/policies",

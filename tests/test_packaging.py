@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tokenprune.demo import builtin, quiz
+from tokenprune.installation import DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +29,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     subprocess.run(
         [*command, "--no-index", "-w", folder, source], check=True, capture_output=True, cwd=folder
     )
-    (wheel,) = folder.glob("tokenprune-*.whl")
+    (wheel,) = folder.glob("vllm_tokenprune-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if not name.endswith("/")}
 
@@ -112,7 +113,7 @@ def test_wheel_brings_no_other_top_level_name(wheel_names: set[str]) -> None:
 
 
 def test_entry_points_name_things_that_exist() -> None:
-    points = distribution("tokenprune").entry_points
+    points = distribution(DISTRIBUTION).entry_points
     assert {point.group for point in points} >= {"console_scripts", "vllm.general_plugins"}
     for point in points:
         assert importlib.util.find_spec(point.module) is not None, point
