@@ -57,11 +57,11 @@ def serve(mode, folder):
     if mode == "v1":
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     else:
-        from tokenprune.triton_cpu import activate
+        from tokenprune.vllm_on_cpu import activate
 
         activate()
     if mode == "v2-replaced":
-        from tokenprune.engine import cpu_kernels
+        from tokenprune.vllm_on_cpu import kernels as cpu_kernels
 
         cpu_kernels.register()
     arguments = {}

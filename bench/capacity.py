@@ -60,7 +60,7 @@ def serve(mode, folder, prompt, new, pool, most):
 
     if ours:
         from tokenprune.engine.launch import engine_arguments
-        from tokenprune.triton_cpu import activate
+        from tokenprune.vllm_on_cpu import activate
 
         if not torch.cuda.is_available():
             activate()

@@ -55,6 +55,7 @@ from bench.quality_tasks import (
 )
 from tokenprune.demo.builtin import FOLDER
 from tokenprune.errors import TokenPruneError
+from tokenprune.installation import install_command
 
 DEFAULT_OUT = Path("bench/results/quality")
 # the gate is about the unpruned model; a few pruned questions show that pruning runs
@@ -86,7 +87,7 @@ def measure(options: argparse.Namespace, console: Console, out: Path, axes: Sequ
     if find_spec("matplotlib") is None:
         # before an hour of questions, not after it
         raise TokenPruneError(
-            'matplotlib must be installed for the picture; pip install "tokenprune[quality]"'
+            f"matplotlib must be installed for the picture, got none; {install_command('quality')}"
         )
     record = read_record(options.model)
     reached = levels_of(record)

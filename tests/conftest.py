@@ -2,7 +2,7 @@
 
 import torch
 
-from tokenprune.triton_cpu import activate
+from tokenprune.vllm_on_cpu import activate
 
 if not torch.cuda.is_available():
     activate()

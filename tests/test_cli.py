@@ -128,13 +128,13 @@ def test_an_error_may_hold_brackets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object) -> None:
-        raise ConfigurationError('install "tokenprune[cpu]"')
+        raise ConfigurationError('pip install ".[cpu]"')
 
     monkeypatch.setattr(launch, "serve", refuse)
     monkeypatch.setattr("sys.argv", ["tokenprune", "serve", "m"])
     with pytest.raises(SystemExit):
         main()
-    assert capsys.readouterr().err == 'Error: install "tokenprune[cpu]"\n'
+    assert capsys.readouterr().err == 'Error: pip install ".[cpu]"\n'
 
 
 def test_vllm_gets_our_classes_and_settings() -> None:

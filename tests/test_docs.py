@@ -34,6 +34,14 @@ def test_every_relative_link_leads_to_a_file(page):
     assert broken == []
 
 
+def test_nothing_says_to_install_the_other_projects_tokenprune():
+    files = [ROOT / page for page in PAGES]
+    files += [f for room in ("tokenprune", "server", "bench") for f in (ROOT / room).rglob("*.py")]
+    assert [
+        f for f in files if re.search(r'pip install(?: -\S+)* "?tokenprune', f.read_text())
+    ] == []
+
+
 def test_the_readme_table_lists_exactly_the_methods():
     listed = README.partition("| method | keeps")[2].partition("\n\n")[0]
     table = re.findall(r"^\| `(\w+)` \|", listed, re.MULTILINE)

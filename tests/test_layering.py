@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = frozenset({"vllm", "fastapi", "starlette"})
 HTTP_ROOMS = frozenset({"tokenprune.server", "tokenprune.cli"})
 
-# every file outside the engine room that names vLLM, with the reason
-VLLM_ROOM = "tokenprune/engine"
+# the rooms that know vLLM: what prunes in it, and what lets it run without a GPU
+VLLM_ROOMS = ("tokenprune/engine", "tokenprune/vllm_on_cpu")
+# every file outside of them that names vLLM, with the reason
 VLLM_EXCEPTIONS = {
     "server/endpoints.py": "the endpoint plugin joins vLLM's metrics registry and reads its dtypes",
     "server/routes.py": "our two routes wrap vLLM's own, with vLLM's request models and errors",
@@ -56,6 +57,7 @@ RULES = [
     Rule("tokenprune/__init__.py", only=frozenset()),
     Rule("tokenprune/errors.py", only=frozenset()),
     Rule("tokenprune/figures.py", only=frozenset({"pydantic"})),
+    Rule("tokenprune/installation.py", only=frozenset({"tokenprune.errors"})),
     Rule("tokenprune/lengths.py", only=frozenset()),
     Rule("tokenprune/shape.py", only=frozenset()),
     Rule("tokenprune/cost.py", only=frozenset({"tokenprune.lengths", "tokenprune.shape"})),
@@ -93,9 +95,12 @@ RULES = [
         "tokenprune/presets.py",
         only=frozenset({"yaml", "tokenprune.errors", "tokenprune.request"}),
     ),
+    # nothing of pruning: stock vLLM runs on it as well
     Rule(
-        "tokenprune/triton_cpu",
-        only=frozenset({"torch", "triton", "tokenprune.errors", "tokenprune.triton_cpu"}),
+        "tokenprune/vllm_on_cpu",
+        only=frozenset(
+            {"numpy", "torch", "triton", "vllm", "tokenprune.errors", "tokenprune.vllm_on_cpu"}
+        ),
     ),
     Rule(
         "tokenprune/engine",
@@ -166,7 +171,7 @@ def test_room_imports_only_what_it_may(rule: Rule) -> None:
     assert found == []
 
 
-def test_only_the_engine_room_knows_vllm() -> None:
+def test_only_two_rooms_know_vllm() -> None:
     files = [*_python_files("tokenprune"), *_python_files("server"), *_python_files("kernels")]
     knowing = {
         file.relative_to(ROOT).as_posix()
@@ -174,8 +179,9 @@ def test_only_the_engine_room_knows_vllm() -> None:
         for _, node in _imports(file.read_text())
         if any(_is_below(module, frozenset({"vllm"})) for module in _modules(node))
     }
-    assert any(name.startswith(f"{VLLM_ROOM}/") for name in knowing), "the engine room is empty"
-    outside = {name for name in knowing if not name.startswith(f"{VLLM_ROOM}/")}
+    for room in VLLM_ROOMS:
+        assert any(name.startswith(f"{room}/") for name in knowing), f"{room} names no vLLM"
+    outside = {name for name in knowing if not name.startswith(tuple(f"{r}/" for r in VLLM_ROOMS))}
     assert outside == set(VLLM_EXCEPTIONS), "the list of exceptions must match the code"
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from tokenprune import __version__
 from tokenprune.errors import ConfigurationError, TokenPruneError
+from tokenprune.installation import check_distributions
 from tokenprune.policies import check_plugins
 from tokenprune.presets import load_presets
 from tokenprune.request import PRESETS
@@ -247,6 +248,7 @@ def demo(context: typer.Context) -> None:
 def main() -> None:
     """Run the command line; an error of ours is one line and exit status 2."""
     try:
+        check_distributions()
         app()
     except TokenPruneError as error:
         text = f"[red]Error:[/red] {escape(str(error))}"

@@ -14,8 +14,13 @@ def register() -> None:
     tokenprune keeps working; our worker and scheduler refuse to start there.
     """
     from tokenprune.engine.compat import check_version
-    from tokenprune.errors import VersionError
+    from tokenprune.errors import InstallationError, VersionError
+    from tokenprune.installation import check_distributions
 
+    try:
+        check_distributions()
+    except InstallationError as error:
+        logger.warning("%s", error)
     try:
         check_version()
     except VersionError as error:

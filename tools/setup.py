@@ -27,6 +27,8 @@ REPAIR = ROOT / "tools" / "torchvision_repair.py"
 BUILDING = "building"
 EXTRAS = "cpu,calibrate,demo,dev,quality"
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
+# not our distribution's name, but that of our package, and of somebody else's distribution
+OTHER_NAME = "tokenprune"
 # the registry builds these for CUDA; vLLM and transformers import them, but need neither here
 OPTIONAL_PACKAGES = ("torchaudio", "torchcodec")
 
@@ -71,6 +73,7 @@ def build(key: str) -> None:
     """Create or update `.venv`; the state file is written last."""
     create_environment()
     install_torch()
+    remove_other_name()
     run_pip("this package with vLLM for CPU", "install", "-e", f".[{EXTRAS}]")
     run_pip("what tests compare with", "install", "--no-deps", *extra("peers"))
     repair_imports()
@@ -134,6 +137,17 @@ def install_torch() -> None:
         run_pip(requirement, "install", "--index-url", CPU_WHEEL_INDEX, requirement)
 
 
+def remove_other_name() -> None:
+    """Remove a distribution `tokenprune`: ours of before it was renamed, or a stranger's.
+
+    Ours would leave every entry point doubled, a stranger's would hide our package.
+    """
+    # from the root, where Python finds it, it would count as installed
+    shutil.rmtree(ROOT / f"{OTHER_NAME}.egg-info", ignore_errors=True)
+    if is_distribution(OTHER_NAME):
+        run_pip(f"without the distribution {OTHER_NAME}", "uninstall", "-y", OTHER_NAME)
+
+
 def repair_imports() -> None:
     """Make the packages importable that the registry built for another torch."""
     say("imports")
@@ -157,6 +171,12 @@ def is_installed(package: str) -> bool:
     """Tell whether `.venv` holds `package`, without importing it."""
     code = f"import importlib.util as u, sys; sys.exit(u.find_spec({package!r}) is None)"
     return subprocess.run([PYTHON, "-c", code], check=False).returncode == 0
+
+
+def is_distribution(name: str) -> bool:
+    """Tell whether `.venv` holds a distribution of this name."""
+    code = f"import importlib.metadata as m, sys; sys.exit(not [*m.distributions(name={name!r})])"
+    return subprocess.run([PYTHON, "-c", code], check=False, cwd=VENV).returncode == 0
 
 
 def import_error(module: str) -> str:

@@ -37,9 +37,10 @@ def look_installed(folder):
         for line in (ROOT / "tokenprune/__init__.py").read_text().splitlines()
         if line.startswith("__version__")
     )
-    info = Path(folder, f"tokenprune-{version}.dist-info")
+    name = project["name"]
+    info = Path(folder, f"{name.replace('-', '_')}-{version}.dist-info")
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tokenprune\nVersion: {version}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     lines = []
     for group, points in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]

@@ -221,7 +221,7 @@ def check_addresses(mode, device, watch):
 
 def main(mode, device, dtype, which, folder):
     if device == "cpu":
-        from tokenprune.triton_cpu import activate
+        from tokenprune.vllm_on_cpu import activate
 
         activate()
     if which == "stock":

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+import tokenprune
 from bench.gpu import check
 from bench.gpu.vllm_checks import distance
 from tests.oracle.asks import Answer
+from tokenprune.installation import DISTRIBUTION
 
 
 @pytest.fixture
@@ -23,13 +25,11 @@ def options(tmp_path: Path) -> argparse.Namespace:
 def test_a_checkout_looks_installed(tmp_path: Path) -> None:
     check.look_installed(tmp_path)
     (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
-    real = importlib.metadata.distribution("tokenprune")
-    assert found.version == real.version
-
-    def plugins(distribution: importlib.metadata.Distribution) -> set[tuple[str, str, str]]:
-        return {(e.group, e.name, e.value) for e in distribution.entry_points}
-
-    assert plugins(found) >= {p for p in plugins(real) if p[0].startswith("vllm.")}
+    assert (found.metadata["Name"], found.version) == (DISTRIBUTION, tokenprune.__version__)
+    assert {(e.group, e.name, e.value) for e in found.entry_points} == {
+        ("vllm.general_plugins", "tokenprune", "tokenprune.plugin:register"),
+        ("vllm.endpoint_plugins", "tokenprune", "tokenprune.server.endpoints:create"),
+    }
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -148,5 +148,5 @@ def test_of_equal_scores_the_first_is_best():
 def test_a_missing_library_names_the_extra(monkeypatch, library):
     check_installed()
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(InstallationError, match=r"install \"tokenprune\[calibrate\]\""):
+    with pytest.raises(InstallationError, match=r"pip install \"\.\[calibrate\]\""):
         check_installed()

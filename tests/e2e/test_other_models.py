@@ -192,7 +192,7 @@ def test_stages_and_a_default_set_by_hand_change_no_bit(
 
 
 if __name__ == "__main__":
-    from tokenprune.triton_cpu import activate
+    from tokenprune.vllm_on_cpu import activate
 
     activate()
     results = []

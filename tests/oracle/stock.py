@@ -67,7 +67,7 @@ def stock_answers(checkpoint: Path, runner: str) -> list[list[list[Any]]]:
 
 if __name__ == "__main__":
     if sys.argv[2] == "v2":
-        from tokenprune.triton_cpu import activate
+        from tokenprune.vllm_on_cpu import activate
 
         activate()
     print(json.dumps(answers(Engine(Path(sys.argv[1]), pruning=False))))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.calibration.space import SearchSpace
 from tokenprune.errors import ConfigurationError, InstallationError
+from tokenprune.installation import install_command
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -57,7 +58,7 @@ def check_installed() -> None:
         except ImportError:
             raise InstallationError(
                 f"{library} must be installed to calibrate, got none; "
-                'install "tokenprune[calibrate]"'
+                f"{install_command('calibrate')}"
             ) from None
 
 

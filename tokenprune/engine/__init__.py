@@ -1,1 +1,1 @@
-"""The only room that imports vLLM internals; written against vLLM 0.32, Model Runner V2."""
+"""What prunes inside vLLM and overrides its internals; written against 0.32, Model Runner V2."""

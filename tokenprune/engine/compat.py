@@ -6,6 +6,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 
 from tokenprune.errors import VersionError
+from tokenprune.installation import install_command
 
 TESTED = "0.32."
 SKIP_VARIABLE = "TOKENPRUNE_SKIP_VERSION_CHECK"
@@ -23,7 +24,8 @@ def vllm_version() -> str:
         except PackageNotFoundError:
             continue
     raise VersionError(
-        'vLLM must be installed, got none; install "tokenprune[cuda]" or "tokenprune[cpu]"'
+        f"vLLM must be installed, got none; {install_command('cuda')}, or make setup there "
+        "without a GPU"
     )
 
 

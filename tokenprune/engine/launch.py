@@ -139,9 +139,9 @@ def _prepare(
     """Make this process ready for vLLM, and return its command with the model it lacks."""
     check_version()
     if _is_cpu_build():
-        from tokenprune import triton_cpu
+        from tokenprune import vllm_on_cpu
 
-        triton_cpu.activate()
+        vllm_on_cpu.activate()
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
     from_file = _config_file(arguments)
     if default_model is None or names_model(arguments, from_file):

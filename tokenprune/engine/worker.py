@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from vllm.platforms import current_platform
 
@@ -16,12 +17,25 @@ from tokenprune.figures import WorkerFigures
 from tokenprune.shape import Feature
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from vllm.v1.core.sched.output import SchedulerOutput
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Give `module` another attribute `name` for the length of a `with` block."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 class PruningWorker(PlatformWorker):
@@ -39,13 +53,15 @@ class PruningWorker(PlatformWorker):
         if not current_platform.is_cpu():
             super().init_device()
             return
-        from tokenprune.engine import cpu_kernels
+        from vllm.v1.worker.cpu import model_runner
+
         from tokenprune.engine.runner import CPUPruningModelRunner
+        from tokenprune.vllm_on_cpu import kernels as cpu_kernels
 
         cpu_kernels.register()
         # CPUWorker imports its runner inside init_device and offers no other way in; this is the
         # one vLLM symbol we replace, and only while this call runs
-        with patch("vllm.v1.worker.cpu.model_runner.CPUModelRunner", CPUPruningModelRunner):
+        with replaced(model_runner, "CPUModelRunner", CPUPruningModelRunner):
             super().init_device()
 
     def _make_model_runner(self) -> Any:

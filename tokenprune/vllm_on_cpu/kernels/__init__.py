@@ -10,7 +10,7 @@ import importlib
 import warnings
 from typing import Any
 
-from tokenprune.engine.cpu_kernels import block_tables, inputs, logits, sampling
+from tokenprune.vllm_on_cpu.kernels import block_tables, inputs, logits, sampling
 
 _WORKER = "vllm.v1.worker.gpu"
 _GATHER_BLOCK_TABLES = f"{_WORKER}.block_table._gather_block_tables_kernel"

