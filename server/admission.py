@@ -37,7 +37,11 @@ class PlanningClient:
             PolicyError: The request asks for something this engine or prompt cannot have.
         """
         record = current_record.get()
-        pruning, explicit = asked(sampling_params.extra_args, self._default)
+        if record is None:
+            pruning, explicit = asked(sampling_params.extra_args, self._default)
+        else:
+            # not every parameter object of vLLM's still has the keys: beam search makes its own
+            pruning, explicit = record.pruning, record.explicit
         if pruning.is_off or (record is not None and record.bypass):
             return self._client.generate(prompt, sampling_params, *args, **kwargs)
         layout = layout_of(prompt)

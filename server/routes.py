@@ -141,11 +141,10 @@ async def _serve(request: Any, raw_request: Request, stock: Handler) -> Response
     pruning: Any = request.pruning
     try:
         pruning, explicit = _take_pruning(request, service.default)
+        record = RequestRecord(pruning, explicit)
         if pruning.is_off:
             count_off()
-            return await stock(request, raw_request)
-        record = RequestRecord(pruning)
-        if request.use_beam_search:
+        elif request.use_beam_search:
             if explicit:
                 raise PolicyError(
                     "use_beam_search must be false with pruning, got true; leave one out",
@@ -160,7 +159,7 @@ async def _serve(request: Any, raw_request: Request, stock: Handler) -> Response
     except PolicyError as error:
         count_refused(pruning)
         raise PruningRefusedError(str(error), parameter=error.param) from None
-    if response is not None and response.status_code < 400:
+    if not pruning.is_off and response is not None and response.status_code < 400:
         count_served(record, service.engine, service.model)
         _describe(response, record, service)
     return response

@@ -54,11 +54,13 @@ class RequestRecord:
 
     Attributes:
         pruning: What it asked for, or the server's default.
+        explicit: Whether it asked itself.
         bypass: Reason to serve it unpruned without planning, or None.
         prompts: One per prompt sent to the engine.
     """
 
     pruning: Axes
+    explicit: bool = True
     bypass: str | None = None
     prompts: list[PromptRecord] = field(default_factory=list)
 

@@ -20,7 +20,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 from vllm.sampling_params import SamplingParams
 
-from tokenprune.request import Axes, parse_pruning
+from tokenprune.request import Axes, has_flat, parse_flat, parse_pruning
 from tokenprune.server.admission import PlanningClient
 from tokenprune.server.routes import Service
 from tokenprune.shape import EngineShape, ModelShape
@@ -74,6 +74,9 @@ class FakeServing:
 
     def _generate(self, request: Any) -> list[AsyncIterator[Any]]:
         params = [request.to_sampling_params(COMPLETION_TOKENS, {}) for _ in self.prompts]
+        if request.use_beam_search:
+            # as vLLM's beam search does: parameters of its own, without the request's keys
+            params = [SamplingParams(max_tokens=COMPLETION_TOKENS) for _ in self.prompts]
         pairs = zip(self.prompts, params, strict=True)
         return [self.engine_client.generate(p, s, f"id-{i}") for i, (p, s) in enumerate(pairs)]
 
@@ -465,6 +468,30 @@ def test_the_default_never_refuses(
     assert response.status_code == 200
     assert response.headers["x-tokenprune-applied"] == "none"
     assert response.json()["usage"]["pruning"]["skipped"] == {"visual": reason}
+
+
+@pytest.mark.parametrize("fields", [{}, {"pruning": "off"}], ids=["default", "off"])
+def test_beam_search_is_never_pruned(start: Start, fields: dict[str, Any]) -> None:
+    server = start(ENGINE, default="balanced")
+    assert server.chat(use_beam_search=True, **fields).status_code == 200
+    (params,) = server.engine.seen
+    assert not has_flat(params.extra_args)
+
+
+def test_off_is_off_whatever_the_default(start: Start) -> None:
+    server = start(ENGINE, default="balanced")
+    response = server.chat(pruning="off")
+    (params,) = server.engine.seen
+    assert params.extra_args == {"pruning": "off"}
+    assert "x-tokenprune-applied" not in response.headers
+    assert "pruning" not in response.json()["usage"]
+
+
+def test_the_default_reaches_the_engine_as_keys(start: Start) -> None:
+    server = start(ENGINE, default="balanced")
+    assert server.chat().headers["x-tokenprune-applied"].startswith("visual=transprune")
+    (params,) = server.engine.seen
+    assert parse_flat(params.extra_args) == parse_pruning("balanced")
 
 
 def test_masked_placeholders_count_only_embedded_positions(start: Start) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -19,11 +17,11 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from tokenprune.engine.families import family_of
 from tokenprune.engine.kv.cache_layers import cache_layers
-from tokenprune.engine.kv.cache_layout import KNOWN_BACKENDS
 from tokenprune.engine.kv.channel_packer import ChannelPacker
 from tokenprune.engine.kv.evictor import Evictor
 from tokenprune.engine.kv.query_observer import QueryObserver
 from tokenprune.engine.kv_cache import StagedAttentionSpec, shape_of_cache
+from tokenprune.engine.layer_specs import staged_specs
 from tokenprune.engine.model_state import StagedModelState, stage_groups
 from tokenprune.engine.request_table import RequestTable, StepNeeds
 from tokenprune.engine.shape import engine_shape
@@ -64,32 +62,7 @@ class PruningModelRunner(GPUModelRunner):
 
     def get_kv_cache_spec(self) -> Any:
         """Give every layer's spec its stage."""
-        specs = super().get_kv_cache_spec()
-        full = all(type(spec) is FullAttentionSpec for spec in specs.values())
-        if self.shape.num_stages == 1 and not full:
-            return specs
-        evicts = full and all(self._evicts(name, spec) for name, spec in specs.items())
-        packs = evicts and all(self._packs(name) for name in specs)
-        staged = {}
-        for name, spec in specs.items():
-            if type(spec) is not FullAttentionSpec:
-                raise ConfigurationError(
-                    f"stage boundaries need full attention in every layer, got "
-                    f"{type(spec).__name__} in {name}; start with --prune-layers none"
-                )
-            stage = self.shape.stage_of(extract_layer_index(name))
-            staged[name] = StagedAttentionSpec.of(spec, stage, evicts, packs)
-        return staged
-
-    def _evicts(self, name: str, spec: FullAttentionSpec) -> bool:
-        layer = self._attention_layers[name]
-        whole = spec.sliding_window is None and spec.attention_chunk_size is None
-        return whole and layer.get_attn_backend().get_name() in KNOWN_BACKENDS
-
-    def _packs(self, name: str) -> bool:
-        impl = self._attention_layers[name].impl
-        capped = getattr(impl, "logits_soft_cap", None)
-        return getattr(impl, "sinks", None) is None and not capped
+        return staged_specs(super().get_kv_cache_spec(), self.shape, self._attention_layers)
 
     @property
     def _attention_layers(self) -> dict[str, Any]:

@@ -19,21 +19,16 @@ from tokenprune.policies.base import (
 from tokenprune.policies.channels.base import ChannelInputs, ChannelPlan, ChannelPolicy
 from tokenprune.policies.kv.base import KVPlan, KVPolicy, Segments, cached
 from tokenprune.policies.plugins import check_plugins, load_plugins
-from tokenprune.policies.visual.base import (
-    AfterPrompt,
+from tokenprune.policies.visual.base import VisualPlan, VisualPolicy, top_k
+from tokenprune.policies.visual.by_image import (
     CropInputs,
     ImageInputs,
     ImagePlan,
     ImagePolicy,
-    KnownRows,
     PerImage,
-    PromptPolicy,
-    RankPolicy,
-    SelectInputs,
-    VisualPlan,
-    VisualPolicy,
-    top_k,
 )
+from tokenprune.policies.visual.by_prompt import AfterPrompt, PromptPolicy, SelectInputs
+from tokenprune.policies.visual.by_rank import KnownRows, RankPolicy
 from tokenprune.policies.visual.schedule import ScheduledPolicy
 
 __all__ = [

@@ -9,8 +9,7 @@ import torch
 
 from tokenprune.kernels import instruction_attention
 from tokenprune.lengths import PromptLayout
-from tokenprune.policies import SelectInputs
-from tokenprune.policies.visual.base import top_k
+from tokenprune.policies import SelectInputs, top_k
 from tokenprune.policies.visual.transprune import TransPrune
 from tokenprune.shape import EngineShape
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tokenprune.policies.base import MAX_SEED, register_policy
-from tokenprune.policies.visual.base import RankPolicy
+from tokenprune.policies.visual.by_rank import RankPolicy
 from tokenprune.policies.visual.schedule import ScheduledPolicy
 
 

@@ -26,7 +26,8 @@ from pydantic import Field
 
 from tokenprune.lengths import PromptLayout
 from tokenprune.policies.base import register_policy
-from tokenprune.policies.visual.base import PromptPolicy, SelectInputs, VisualPlan, top_k
+from tokenprune.policies.visual.base import VisualPlan, top_k
+from tokenprune.policies.visual.by_prompt import PromptPolicy, SelectInputs
 from tokenprune.policies.visual.schedule import ScheduledPolicy
 from tokenprune.shape import EngineShape, ModelShape
 

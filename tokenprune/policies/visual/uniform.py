@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from tokenprune.policies.base import register_policy
-from tokenprune.policies.visual.base import RankPolicy
+from tokenprune.policies.visual.by_rank import RankPolicy
 from tokenprune.policies.visual.schedule import ScheduledPolicy
 
 

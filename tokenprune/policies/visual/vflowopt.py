@@ -35,7 +35,8 @@ from pydantic import Field, model_validator
 
 from tokenprune.errors import shown
 from tokenprune.policies.base import register_policy
-from tokenprune.policies.visual.base import CropInputs, Cuts, ImageInputs, ImagePolicy, top_k
+from tokenprune.policies.visual.base import Cuts, top_k
+from tokenprune.policies.visual.by_image import CropInputs, ImageInputs, ImagePolicy
 from tokenprune.shape import EngineShape
 
 if TYPE_CHECKING:

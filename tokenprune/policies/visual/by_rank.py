@@ -1,0 +1,51 @@
+"""Visual methods that know which tokens survive from integers alone."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+from tokenprune.lengths import DroppedPositions, PromptLayout
+from tokenprune.policies.visual.base import Cuts, VisualPlan, VisualPolicy, kept_per_stage
+from tokenprune.shape import EngineShape
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRows(VisualPlan):
+    """Which tokens survive is known from integers alone, so the prompt may come in chunks.
+
+    Attributes:
+        ranks: Per engine stage the kept visual tokens, counted from the first visual token of
+            the prompt, ascending.
+        positions: Prompt positions of the visual tokens, ascending.
+    """
+
+    ranks: tuple[tuple[int, ...], ...]
+    positions: tuple[int, ...]
+
+    @property
+    def dropped(self) -> tuple[DroppedPositions, ...]:
+        """Per engine stage, the positions that are not kept."""
+        everything = set(range(len(self.positions)))
+        return tuple(
+            DroppedPositions(tuple(self.positions[r] for r in sorted(everything.difference(ranks))))
+            for ranks in self.ranks
+        )
+
+
+class RankPolicy(VisualPolicy):
+    """A visual method that chooses from integers alone."""
+
+    @abc.abstractmethod
+    def keep_ranks(self, num_visual: int, keep: int) -> list[int]:
+        """Return which `keep` of `num_visual` tokens survive a cut, ascending."""
+
+    def count(self, prompt: PromptLayout, engine: EngineShape, cuts: Cuts) -> KnownRows:
+        """Return the plan, which names the tokens that survive."""
+        kept = kept_per_stage(prompt.num_visual, cuts, engine)
+        ranks, current = [], tuple(range(prompt.num_visual))
+        for keep in kept:
+            if keep < len(current):
+                current = tuple(current[i] for i in self.keep_ranks(len(current), keep))
+            ranks.append(current)
+        return KnownRows(self, cuts, kept, tuple(ranks), tuple(prompt.visual_positions()))
