@@ -80,7 +80,7 @@ def test_scores_of_the_vision_tower_cost_the_decoder_nothing() -> None:
 def test_evicting_saves_no_prefill_work() -> None:
     engine = EngineShape(num_layers=8, boundaries=(0, 2), max_num_batched_tokens=2048)
     prompt = PromptLayout(num_tokens=100)
-    kv = {"method": "lagkv", "lag": 8, "keep_ratio": 0.1}
+    kv = {"method": "lagkv", "lag": 16, "keep_ratio": 0.1}
     plan = make_plan(parse_pruning({"kv": kv}), prompt, engine)
     assert plan.lengths.physical(100, 0) < 100
     full, spent = prefill_flops(plan.lengths, engine, TINY)

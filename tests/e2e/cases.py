@@ -10,9 +10,9 @@ from tests.oracle.asks import COMPARE, DESCRIBE, STORY, Ask, channels, kv, visua
 
 EVICTED = [
     pytest.param(STORY, (), kv("lagkv"), id="lagkv-text"),
-    pytest.param(STORY, (), kv("lagkv", 0.5, sink=0, lag=13), id="lagkv-no-sink-odd-lag"),
+    pytest.param(STORY, (), kv("lagkv", 0.5, sink=0, lag=17), id="lagkv-no-sink-odd-lag"),
     pytest.param(STORY, (), kv("lagkv", 1.0), id="lagkv-keeps-all"),
-    pytest.param(STORY, (), kv("lagkv", 0.01, lag=16), id="lagkv-one-token-left"),
+    pytest.param(STORY, (), kv("lagkv", 0.01, lag=24), id="lagkv-one-token-left"),
     pytest.param(STORY, (), kv("streaming"), id="streaming"),
     pytest.param(STORY, (), kv("random", seed=3), id="random"),
     pytest.param(DESCRIBE, (1,), kv("lagkv"), id="lagkv-image"),

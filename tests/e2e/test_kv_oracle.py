@@ -86,7 +86,7 @@ def test_engine_keeps_the_tokens_that_float64_scores_keep(
 
     def recorded(self: LagKV, segments: Segments) -> torch.Tensor:
         scores = score(self, segments)
-        for head, partitions in enumerate(lag_keep(scores, 2).tolist()):
+        for head, partitions in enumerate(lag_keep(scores, 4).tolist()):
             for p, ranks in enumerate(partitions):
                 found[segments.layer, head, segments.first + p] = ranks
         return scores
@@ -95,13 +95,13 @@ def test_engine_keeps_the_tokens_that_float64_scores_keep(
     ask = Ask(STORY, (), kv("lagkv"), max_tokens=40)
     (answer,) = engine.ask(ask)
     expected: dict[tuple[int, ...], list[int]] = {}
-    choice = lag_choice(2)
+    choice = lag_choice(4)
 
     def choose(*arguments: Any) -> list[int]:
         expected[arguments[-3:]] = choice(*arguments)
         return expected[arguments[-3:]]
 
-    oracle.run(STORY, [], answer.tokens, None, Evicted(4, 8, 2, choose))
+    oracle.run(STORY, [], answer.tokens, None, Evicted(4, 16, 4, choose))
     assert found == expected
 
 

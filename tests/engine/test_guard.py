@@ -68,14 +68,14 @@ def test_even_distances_give_as_many_as_were_planned(total, keep):
     [
         pytest.param(lambda segments: fail(), id="raises"),
         pytest.param(lambda segments: torch.zeros(2, 3), id="another-shape"),
-        pytest.param(lambda segments: torch.full((2, 4, 4), torch.nan), id="nan"),
+        pytest.param(lambda segments: torch.full((2, 4, 16), torch.nan), id="nan"),
     ],
 )
 def test_a_scorer_that_fails_leaves_as_many_rows_as_were_planned(monkeypatch, stats, answer):
     monkeypatch.setattr(LagKV, "score", lambda self, segments: answer(segments))
-    n = 2 + 4 * 5 + 3
+    n = 2 + 16 * 5 + 15
     shape = EngineShape(1, (0,), 4096)
-    asked = parse_pruning({"kv": {"method": "lagkv", "sink": 2, "lag": 4, "keep_ratio": 0.5}})
+    asked = parse_pruning({"kv": {"method": "lagkv", "sink": 2, "lag": 16, "keep_ratio": 0.5}})
     request = PrunedRequest("r", PromptLayout(n), make_plan(asked, PromptLayout(n), shape))
     generator = torch.Generator().manual_seed(1)
     cache = torch.randn(40, 2, 4, 8, generator=generator)
@@ -90,5 +90,5 @@ def test_a_scorer_that_fails_leaves_as_many_rows_as_were_planned(monkeypatch, st
         kept = [next(i for i in range(n) if torch.equal(old[head, i], row)) for row in new[head]]
         assert kept == sorted(set(kept))
         assert kept[:2] == [0, 1]
-        assert kept[-7:] == list(range(n - 7, n))
-        assert [sum(2 + 4 * p <= i < 6 + 4 * p for i in kept) for p in range(4)] == [2] * 4
+        assert kept[-31:] == list(range(n - 31, n))
+        assert [sum(2 + 16 * p <= i < 18 + 16 * p for i in kept) for p in range(4)] == [8] * 4

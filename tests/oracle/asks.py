@@ -44,7 +44,7 @@ def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any
 
 def kv(method: str, keep_ratio: float = 0.25, **parameters: Any) -> dict[str, Any]:
     """Return the flat keys of KV eviction, with partitions small enough for short prompts."""
-    keys = {"method": method, "keep_ratio": keep_ratio, "sink": 4, "lag": 8, **parameters}
+    keys = {"method": method, "keep_ratio": keep_ratio, "sink": 4, "lag": 16, **parameters}
     return {f"pruning_kv_{k}": v for k, v in keys.items()}
 
 

@@ -73,22 +73,22 @@ def test_keeping_everything_saves_nothing() -> None:
 
 
 def test_evicted_tokens_are_held_no_more_but_were_computed() -> None:
-    kv = {"method": "lagkv", "sink": 2, "lag": 8, "keep_ratio": 0.25}
+    kv = {"method": "lagkv", "sink": 2, "lag": 16, "keep_ratio": 0.25}
     record = record_of({"kv": kv}, (PHOTO, [6]))
     block = usage_block(record, ENGINE, MODEL)
-    # 55 tokens computed; (55 - 2) // 8 - 1 partitions give up 6 tokens each
+    # 55 tokens computed; (55 - 2) // 16 - 1 partitions give up 12 tokens each
     assert block["applied"] == {"visual": None, "kv": "lagkv", "channels": None}
     assert block["visual_tokens_kept"] == [40, 40, 40]
     assert block["kv_tokens_logical"] == 55
-    assert block["kv_tokens_physical"] == 55 - 5 * 6
-    assert block["kv_bytes_saved"] == 8 * 5 * 6 * 100
-    assert header_value(record) == "kv=lagkv;keep_ratio=0.25;lag=8"
+    assert block["kv_tokens_physical"] == 55 - 2 * 12
+    assert block["kv_bytes_saved"] == 8 * 2 * 12 * 100
+    assert header_value(record) == "kv=lagkv;keep_ratio=0.25;lag=16"
 
 
 def test_the_header_names_a_budget_where_one_was_given() -> None:
-    kv = {"method": "streaming", "lag": 8, "budget_tokens": 40}
+    kv = {"method": "streaming", "lag": 16, "budget_tokens": 40}
     assert (
-        header_value(record_of({"kv": kv}, (PHOTO, [6]))) == "kv=streaming;budget_tokens=40;lag=8"
+        header_value(record_of({"kv": kv}, (PHOTO, [6]))) == "kv=streaming;budget_tokens=40;lag=16"
     )
 
 

@@ -27,11 +27,15 @@ from tokenprune.request import parse_pruning
 from tokenprune.shape import EngineShape
 
 
+# the shortest legal partition
+L = 16
+
+
 class Bench:
     """An evictor over two layers in one group."""
 
     def __init__(self, method, n, **parameters):
-        kv = {"method": method, "sink": 2, "lag": 4, "keep_ratio": 0.5, **parameters}
+        kv = {"method": method, "sink": 2, "lag": L, "keep_ratio": 0.5, **parameters}
         layout = PromptLayout(n)
         shape = EngineShape(2, (0,), 4096)
         plan = make_plan(parse_pruning({"kv": kv}), layout, shape)
@@ -61,13 +65,13 @@ class Bench:
 @pytest.mark.parametrize("max_read", [1, 1 << 20], ids=["one-by-one", "all-at-once"])
 def test_a_prompt_is_cut_down_and_then_what_is_generated(monkeypatch, method, max_read):
     monkeypatch.setattr("tokenprune.engine.kv.evictor.MAX_READ", max_read)
-    n = 2 + 4 * 5 + 3
+    n = 2 + L * 5 + L - 1
     bench = Bench(method, n)
     lengths = bench.request.plan.lengths
     old = [bench.rows(layer) for layer in range(2)]
     bench.evict(0, n)
     held = lengths.physical(n, 0)
-    assert held == n - 4 * 2
+    assert held == n - 4 * L // 2
     for layer in range(2):
         new = bench.rows(layer)
         for head in range(2):
@@ -77,37 +81,39 @@ def test_a_prompt_is_cut_down_and_then_what_is_generated(monkeypatch, method, ma
             ]
             assert kept == sorted(kept)
             assert kept[:2] == [0, 1]
-            assert kept[-7:] == list(range(n - 7, n))
+            assert kept[1 - 2 * L :] == list(range(n + 1 - 2 * L, n))
             if method == "streaming":
-                assert kept == [0, 1, *range(10, n)]
+                assert kept == [0, 1, *range(2 + 2 * L, n)]
             else:
-                per_partition = [sum(2 + 4 * p <= i < 6 + 4 * p for i in kept) for p in range(4)]
-                assert per_partition == [2, 2, 2, 2]
+                of_partition = [range(2 + L * p, 2 + L * (p + 1)) for p in range(4)]
+                assert [sum(i in p for i in kept) for p in of_partition] == [L // 2] * 4
     # one more token completes the next partition
     work = eviction_due(bench.request.lengths, n, n + 1, 0)
-    assert (work.first, work.count, work.begin, work.end) == (4, 1, 2 + 4 * 2, held + 1)
+    assert (work.first, work.count, work.begin, work.end) == (4, 1, 2 + 4 * L // 2, held + 1)
     middle = [bench.rows(layer) for layer in range(2)]
     bench.evict(n, n + 1)
     for layer in range(2):
         left = lengths.physical(n + 1, 0)
-        assert left == held + 1 - 2
+        assert left == held + 1 - L // 2
         new = bench.rows(layer)
-        assert torch.equal(new[:, left - 4 : left], middle[layer][:, held - 3 : held + 1])
+        assert torch.equal(new[:, left - L : left], middle[layer][:, held + 1 - L : held + 1])
         if method != "streaming":
-            assert torch.equal(new[:, :10], middle[layer][:, :10])
+            whole = 2 + 4 * L // 2
+            assert torch.equal(new[:, :whole], middle[layer][:, :whole])
 
 
 def test_nothing_is_due_before_the_prompt_is_complete_nor_when_all_is_kept():
-    bench = Bench("lagkv", 50)
-    assert eviction_due(bench.request.lengths, 0, 49, 0) is None
-    assert eviction_due(bench.request.lengths, 49, 50, 0).count == 11
-    chunked = Bench("lagkv", 50, when="chunk").request
-    assert eviction_due(chunked.lengths, 0, 49, 0).count == 10
-    assert eviction_due(chunked.lengths, 49, 50, 0).count == 1
-    whole = Bench("lagkv", 50, keep_ratio=1.0)
-    assert eviction_due(whole.request.lengths, 0, 50, 0) is None
+    n = 2 + 6 * L
+    bench = Bench("lagkv", n)
+    assert eviction_due(bench.request.lengths, 0, n - 1, 0) is None
+    assert eviction_due(bench.request.lengths, n - 1, n, 0).count == 5
+    chunked = Bench("lagkv", n, when="chunk").request
+    assert eviction_due(chunked.lengths, 0, n - 1, 0).count == 4
+    assert eviction_due(chunked.lengths, n - 1, n, 0).count == 1
+    whole = Bench("lagkv", n, keep_ratio=1.0)
+    assert eviction_due(whole.request.lengths, 0, n, 0) is None
     old = whole.rows(0)
-    whole.evict(0, 50)
+    whole.evict(0, n)
     assert torch.equal(whole.rows(0), old)
 
 
@@ -118,13 +124,13 @@ def test_kernel_blocks_that_are_not_those_of_the_table_are_refused():
 
 
 def test_shifting_the_row_is_keeping_the_highest_score_of_all_that_left_the_window():
-    n = 2 + 4 * 5 + 3
+    n = 2 + L * 5 + L - 1
     bench = Bench("streaming", n)
     old = bench.rows(0)
     bench.evict(0, n)
-    segments = Segments(4, 0, 4, 0, 2, torch.device("cpu"))
+    segments = Segments(4, 0, L, 0, 2, torch.device("cpu"))
     scores = bench.request.plan.kv.policy.score(segments)
     # of the four partitions that are cut down, as many tokens as stay, over all of them
-    best = lag_keep(scores.reshape(2, 1, -1).contiguous(), 4 * 2)[:, 0] + 2
-    kept = [0, 1, *best[0].tolist(), *range(18, n)]
+    best = lag_keep(scores.reshape(2, 1, -1).contiguous(), 4 * L // 2)[:, 0] + 2
+    kept = [0, 1, *best[0].tolist(), *range(2 + 4 * L, n)]
     assert torch.equal(bench.rows(0)[:, : len(kept)], old[:, kept])

@@ -136,7 +136,7 @@ def test_one_axis_can_be_skipped_and_the_other_applied():
     [
         pytest.param({"keep_ratio": 0}, "keep_ratio", r"a number in \(0, 1\]", id="ratio"),
         pytest.param({"sink": -1}, "sink", r"an integer in \[0, 2147483647\]", id="sink"),
-        pytest.param({"lag": 0}, "lag", r"an integer in \[1, 2147483647\]", id="lag"),
+        pytest.param({"lag": 15}, "lag", r"an integer in \[16, 2147483647\]", id="lag"),
         pytest.param({"when": "later"}, "when", "'prompt_end' or 'chunk'", id="when"),
         pytest.param({"budget_tokens": 0}, "budget_tokens", r"\[1, 2147483647\], got 0", id="b"),
         pytest.param(

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# a partition that leaves the window costs a few launches in every layer, so one of a few tokens
+# would slow all requests down and give hardly a block back
+MIN_LAG = 16
+
 
 @dataclass(frozen=True, slots=True)
 class KVPlan:
@@ -121,7 +125,7 @@ class KVPolicy(Policy):
     )
     lag: int = Field(
         default=1024,
-        ge=1,
+        ge=MIN_LAG,
         le=MAX_TOKENS,
         description="Tokens of a partition. The newest `lag` to `2 * lag - 1` tokens are whole, "
         "and nothing is evicted from contexts below `sink + 2 * lag` tokens.",
