@@ -14,6 +14,7 @@ from tokenprune.engine.launch import WORKER_CLS
 from tokenprune.engine.reporting import listen
 from tokenprune.engine.settings import settings
 from tokenprune.engine.shape import engine_shape, model_shape
+from tokenprune.engine.startup import why_stock
 from tokenprune.server.admission import PlanningClient
 from tokenprune.server.metrics import ENGINE_FIGURES
 from tokenprune.server.metrics_page import attach_metrics_page
@@ -36,7 +37,7 @@ class PruningEndpoints:
         """Read the engine's shape, stand before its client, and listen for its figures."""
         vllm_config = engine_client.vllm_config
         engine = _engine_shape(vllm_config)
-        if _is_ours(vllm_config):
+        if _is_ours(vllm_config) and why_stock(vllm_config) is None:
             # the attention backend is chosen in the workers
             for unsupported, block_size in await engine_client.collective_rpc("tokenprune_shape"):
                 merged = dict(unsupported) | dict(engine.unsupported)

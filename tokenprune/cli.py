@@ -138,6 +138,15 @@ def serve(
             help="Let requests prune KV channels.",
         ),
     ] = False,
+    require_pruning: Annotated[
+        bool,
+        typer.Option(
+            "--require-pruning",
+            "--require_pruning",
+            help="Refuse to start where the model or the flags leave nothing to prune, instead "
+            "of serving as vllm serve does.",
+        ),
+    ] = False,
 ) -> None:
     """Serve MODEL over the OpenAI API, as vllm serve does, with per-request pruning.
 
@@ -150,7 +159,7 @@ def serve(
     from tokenprune.engine.launch import EngineOptions
     from tokenprune.engine.launch import serve as run
 
-    options = EngineOptions(layers, preset, presets, allow_channel_pruning)
+    options = EngineOptions(layers, preset, presets, allow_channel_pruning, require_pruning)
     run(context.args, options, _builtin_model)
 
 

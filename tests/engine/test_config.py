@@ -20,10 +20,10 @@ from tokenprune.engine.boundaries import (
 )
 from tokenprune.engine.settings import settings as read_settings
 from tokenprune.engine.shape import engine_shape
-from tokenprune.engine.startup import check_supported
+from tokenprune.engine.startup import check_supported, why_stock
 from tokenprune.errors import ConfigurationError, PolicyError, VersionError
 from tokenprune.request import OFF, parse_pruning
-from tokenprune.shape import EngineShape
+from tokenprune.shape import FEATURES, EngineShape
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -263,7 +263,7 @@ def test_prune_layers_of_another_type_are_refused(layers):
 
 
 def test_an_unknown_setting_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigurationError, match=r"allow_channel_pruning, got \['prune_layer'\]"):
+    with pytest.raises(ConfigurationError, match=r"require_pruning, got \['prune_layer'\]"):
         read_settings(config(**asked(prune_layer=[8])))
 
 
@@ -424,10 +424,11 @@ def test_channels_need_a_cache_of_the_queries_dtype():
     assert "channels" not in same.unsupported
 
 
+@pytest.mark.parametrize("name", ["allow_channel_pruning", "require_pruning"])
 @pytest.mark.parametrize("value", [1, "yes", None])
-def test_allow_channel_pruning_is_true_or_false(value):
-    with pytest.raises(ConfigurationError, match="must be true or false"):
-        read_settings(config(**asked(allow_channel_pruning=value)))
+def test_switches_are_true_or_false(name, value):
+    with pytest.raises(ConfigurationError, match=f"{name} must be true or false"):
+        read_settings(config(**asked(**{name: value})))
 
 
 @pytest.mark.parametrize(
@@ -453,8 +454,9 @@ def test_supported_models(kind, decoder):
     assert engine_shape(config(model_config=change)).unsupported == {}
 
 
-def test_a_plain_engine_is_supported():
+def test_a_plain_engine_is_served_by_our_classes():
     check_supported(config())
+    assert why_stock(config()) is None
 
 
 @pytest.mark.parametrize(
@@ -462,31 +464,67 @@ def test_a_plain_engine_is_supported():
     [
         ({"use_v2_model_runner": False}, "the V1 model runner"),
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
-        ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode context"),
-        ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill context"),
+        ({"parallel_config": {"decode_context_parallel_size": 2}}, "decode context parallelism"),
+        ({"parallel_config": {"prefill_context_parallel_size": 2}}, "prefill context parallelism"),
         ({"parallel_config": {"use_ubatching": True}}, "micro-batching"),
         ({"kv_transfer_config": object()}, "a KV connector"),
         ({"speculative_config": object()}, "speculative decoding"),
-        ({"model_config": {"use_mla": True}}, "MLA"),
-        ({"model_config": {"is_hybrid": True}}, "hybrid"),
-        ({"model_config": {"is_attention_free": True}}, "attention-free"),
-        ({"model_config": {"is_encoder_decoder": True}}, "encoder-decoder"),
-        ({"cache_config": {"kv_sharing_fast_prefill": True}}, "fast prefill"),
-        (
-            {"scheduler_config": {"disable_hybrid_kv_cache_manager": True}},
-            "--disable-hybrid-kv-cache-manager",
-        ),
+        ({"model_config": {"use_mla": True}}, "MLA attention"),
+        ({"model_config": {"is_hybrid": True}}, "a hybrid model"),
+        ({"model_config": {"is_attention_free": True}}, "an attention-free model"),
+        ({"model_config": {"is_encoder_decoder": True}}, "an encoder-decoder model"),
+        ({"cache_config": {"kv_sharing_fast_prefill": True}}, "KV sharing fast prefill"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
-def test_set_ups_that_would_go_wrong_are_refused_by_name(changes, what):
-    with pytest.raises(ConfigurationError, match=re.escape(what)):
-        check_supported(config(**changes))
+def test_set_ups_in_which_nothing_can_be_pruned_are_served_as_vllm_serves_them(changes, what):
+    check_supported(config(**changes))
+    shape = engine_shape(config(**changes))
+    assert set(shape.unsupported) == set(FEATURES)
+    assert all(f"it runs with {what}, beside" in why for why in shape.unsupported.values())
+    assert shape.boundaries == (0,)
+    assert what in why_stock(config(**changes))
+    with pytest.raises(ConfigurationError, match=f"--require-pruning, got .*{re.escape(what)}"):
+        check_supported(config(**changes, **asked(require_pruning=True)))
 
 
-def test_without_boundaries_the_hybrid_manager_may_be_off():
+def test_a_model_without_images_whose_kv_cannot_be_evicted_has_nothing_to_prune():
+    window = {"get_sliding_window": lambda: 512, "is_multimodal_model": False}
+    assert "whole context" in why_stock(config(model_config=window))
+    # one axis is enough
+    assert why_stock(config(model_config={"is_multimodal_model": False})) is None
+    check_supported(
+        config(model_config={"is_multimodal_model": False}, **asked(require_pruning=True))
+    )
+
+
+def test_merged_groups_cannot_have_stages():
     off = {"scheduler_config": {"disable_hybrid_kv_cache_manager": True}}
+    check_supported(config(**off))
+    shape = engine_shape(config(**off))
+    assert shape.boundaries == (0,)
+    assert "--disable-hybrid-kv-cache-manager" in shape.unsupported["visual"]
+    assert "kv" not in shape.unsupported
     check_supported(config(**off, **asked(prune_layers=[])))
+    with pytest.raises(ConfigurationError, match=r"prune_layers must be none.*got \[8\]"):
+        check_supported(config(**off, **asked(prune_layers=[8])))
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_vllms_own_classes_take_the_place_of_ours_where_nothing_can_be_pruned(monkeypatch, pruned):
+    from tokenprune.engine import scheduler
+
+    class Stock:
+        def __init__(self, *arguments, **named):
+            self.got = arguments, named
+
+    monkeypatch.setattr(scheduler, "stock_scheduler", lambda config: Stock)
+    made = config() if pruned else config(model_config={"is_hybrid": True})
+    found = scheduler.PruningScheduler.__new__(scheduler.PruningScheduler, made, 1, block_size=2)
+    if pruned:
+        assert type(found) is scheduler.PruningScheduler
+    else:
+        assert found.got == ((made, 1), {"block_size": 2})
 
 
 # the version gate

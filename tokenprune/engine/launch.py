@@ -44,12 +44,14 @@ class EngineOptions:
             says itself what it wants.
         presets: Presets by name beside the built-in ones; see `tokenprune.presets.load_presets`.
         allow_channel_pruning: Let requests prune KV channels.
+        require_pruning: Refuse to start where nothing can be pruned.
     """
 
     prune_layers: Sequence[int] | None = None
     default: str | None = None
     presets: Mapping[str, Any] = field(default_factory=dict)
     allow_channel_pruning: bool = False
+    require_pruning: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Return what goes into vLLM's additional configuration; defaults are left out."""
@@ -58,6 +60,7 @@ class EngineOptions:
             "default": self.default,
             "presets": dict(self.presets) or None,
             "allow_channel_pruning": self.allow_channel_pruning or None,
+            "require_pruning": self.require_pruning or None,
         }
         return {key: value for key, value in asked.items() if value is not None}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,9 +14,12 @@ from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
 from tokenprune.engine.reporting import Relay
 from tokenprune.engine.request_table import EXPECTED_LENGTHS
 from tokenprune.engine.shape import engine_shape
-from tokenprune.engine.startup import check_supported
+from tokenprune.engine.startup import check_supported, stock_scheduler, why_stock
 from tokenprune.errors import PolicyError
 from tokenprune.plan import RequestPlan
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +27,15 @@ logger = logging.getLogger(__name__)
 class PruningScheduler(AsyncScheduler):
     """vLLM's scheduler with block accounting by physical length."""
 
+    def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        """Make vLLM's own scheduler where nothing can be pruned."""
+        check_supported(vllm_config)
+        if why_stock(vllm_config) is not None:
+            return stock_scheduler(vllm_config)(vllm_config, *args, **kwargs)
+        return super().__new__(cls)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_supported(self.vllm_config)
         self._shape = engine_shape(self.vllm_config)
         self._plans: dict[str, RequestPlan] = {}
         self._relay = Relay(self.vllm_config)

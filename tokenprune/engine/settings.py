@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CONFIG_KEY = "tokenprune"
-_SETTINGS = ("presets", "prune_layers", "default", "allow_channel_pruning")
+_SWITCHES = ("allow_channel_pruning", "require_pruning")
+_SETTINGS = ("presets", "prune_layers", "default", *_SWITCHES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,13 @@ class Settings:
         default_pruning: What the server asks for where an HTTP request says nothing.
         allow_channel_pruning: Whether requests may prune KV channels; attention then also looks
             for rows with packed blocks.
+        require_pruning: Whether an engine that can prune nothing is refused.
     """
 
     prune_layers: tuple[int, ...] | None
     default_pruning: Axes
     allow_channel_pruning: bool = False
+    require_pruning: bool = False
 
 
 def settings(vllm_config: VllmConfig) -> Settings:
@@ -58,9 +61,10 @@ def settings(vllm_config: VllmConfig) -> Settings:
         isinstance(layers, list) and all(type(layer) is int for layer in layers)
     ):
         raise ConfigurationError(f"prune_layers must be a list of layer numbers, got {layers!r}")
-    allow = raw.get("allow_channel_pruning", False)
-    if not isinstance(allow, bool):
-        raise ConfigurationError(f"allow_channel_pruning must be true or false, got {allow!r}")
+    switches = [raw.get(name, False) for name in _SWITCHES]
+    for name, value in zip(_SWITCHES, switches, strict=True):
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{name} must be true or false, got {value!r}")
     add_presets(raw.get("presets", {}))
     boundaries = None if layers is None else tuple(layers)
-    return Settings(boundaries, parse_pruning(raw.get("default")), allow)
+    return Settings(boundaries, parse_pruning(raw.get("default")), *switches)

@@ -61,7 +61,7 @@ def model_shape(vllm_config: VllmConfig) -> ModelShape:
     return ModelShape(
         hidden_size=model.get_hidden_size(),
         intermediate_size=getattr(text, "intermediate_size", 0),
-        num_heads=text.num_attention_heads,
+        num_heads=getattr(text, "num_attention_heads", 0),
         num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
         kv_element_bytes=dtype.itemsize,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokenprune.engine.families import family_of, known_architectures
-from tokenprune.shape import Feature
+from tokenprune.shape import FEATURES, Feature
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -16,6 +16,9 @@ _PLAIN_CACHE = ("auto", "bfloat16", "float16", "float32", "half")
 
 def unsupported_features(vllm_config: VllmConfig) -> dict[Feature, str]:
     """Return why each feature that this engine lacks cannot be had."""
+    engine = _engine_unsupported(vllm_config)
+    if engine is not None:
+        return dict.fromkeys(FEATURES, f"it runs with {engine}, beside which nothing is pruned yet")
     visual = _visual_unsupported(vllm_config)
     kv = _kv_unsupported(vllm_config)
     found: dict[Feature, str | None] = {
@@ -25,6 +28,26 @@ def unsupported_features(vllm_config: VllmConfig) -> dict[Feature, str]:
         "channels": kv or _channels_unsupported(vllm_config),
     }
     return {feature: why for feature, why in found.items() if why is not None}
+
+
+def _engine_unsupported(vllm_config: VllmConfig) -> str | None:
+    """Return what about the engine rules out pruning on any axis, or None."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    found = {
+        "the V1 model runner": not vllm_config.use_v2_model_runner,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "a KV connector": vllm_config.kv_transfer_config is not None,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "MLA attention": model.use_mla,
+        "a hybrid model": model.is_hybrid,
+        "an attention-free model": model.is_attention_free,
+        "an encoder-decoder model": model.is_encoder_decoder,
+        "KV sharing fast prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+        "micro-batching": parallel.use_ubatching,
+    }
+    return next((what for what, present in found.items() if present), None)
 
 
 def _visual_unsupported(vllm_config: VllmConfig) -> str | None:
@@ -43,6 +66,8 @@ def _visual_unsupported(vllm_config: VllmConfig) -> str | None:
         return "LoRA adapters are enabled, which map rows to adapters once per step"
     if model.is_mm_prefix_lm:
         return "image tokens attend in both directions"
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return "KV cache groups are merged (--disable-hybrid-kv-cache-manager)"
     return None
 
 

@@ -12,13 +12,14 @@ from vllm.platforms import current_platform
 from tokenprune.engine.compat import check_version
 from tokenprune.engine.hidden_recorder import HiddenRecorder
 from tokenprune.engine.reporting import Reporter
-from tokenprune.engine.startup import check_supported
+from tokenprune.engine.startup import check_supported, why_stock
 from tokenprune.figures import WorkerFigures
 from tokenprune.shape import Feature
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
 if current_platform.is_cpu():
@@ -41,10 +42,16 @@ def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
 class PruningWorker(PlatformWorker):
     """The platform's worker with our model runner."""
 
+    def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        """Make vLLM's own worker where nothing can be pruned."""
+        check_version()
+        check_supported(vllm_config)
+        if why_stock(vllm_config) is not None:
+            return PlatformWorker(vllm_config, *args, **kwargs)
+        return super().__new__(cls)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_version()
-        check_supported(self.vllm_config)
         self._last_hidden: HiddenRecorder | None = None
         self._reporter = Reporter(self._figures)
 

@@ -26,7 +26,6 @@ from tokenprune.policies import Segments
 from tokenprune.request import parse_pruning
 from tokenprune.shape import EngineShape
 
-
 # the shortest legal partition
 L = 16
 
