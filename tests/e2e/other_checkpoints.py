@@ -15,7 +15,7 @@ _POSITIONS = 4096
 
 
 def build(name: str, tokenizer_of: Path, path: Path) -> Path:
-    """Write one of `NAMES` to `path`, with the tokenizer of another checkpoint."""
+    """Write one of `NAMES`, or `deepseek_v3`, to `path`, with the tokenizer of another checkpoint."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
@@ -26,6 +26,9 @@ def build(name: str, tokenizer_of: Path, path: Path) -> Path:
         config = _vision_language_config(name, tokenizer)
         _processor(classes[name], config, tokenizer).save_pretrained(path)
         model_class = f"{classes[name]}ForConditionalGeneration"
+    elif name == "deepseek_v3":
+        config = transformers.DeepseekV3Config(**_latent_decoder(tokenizer))
+        model_class = "DeepseekV3ForCausalLM"
     else:
         config = transformers.LlamaConfig(
             **_decoder(tokenizer), tie_word_embeddings=False, dtype="float32"
@@ -51,6 +54,28 @@ def _decoder(tokenizer: Any) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
+    }
+
+
+def _latent_decoder(tokenizer: Any) -> dict[str, Any]:
+    """Return a dense decoder whose cache holds one latent per token (MLA)."""
+    plain = _decoder(tokenizer)
+    del plain["head_dim"]
+    return plain | {
+        "num_key_value_heads": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 32,
+        "first_k_dense_replace": 4,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
     }
 
 
