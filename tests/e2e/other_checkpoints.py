@@ -15,7 +15,7 @@ _POSITIONS = 4096
 
 
 def build(name: str, tokenizer_of: Path, path: Path) -> Path:
-    """Write one of `NAMES`, or `deepseek_v3`, to `path`, with the tokenizer of another checkpoint."""
+    """Write a model, one of `NAMES` or `deepseek_v3`, with the tokenizer of another checkpoint."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)

@@ -118,6 +118,18 @@ def test_keys_and_values_may_come_in_pieces():
     torch.testing.assert_close(value_scores(whole), value_scores(pieces), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("piece", [6, 2])
+def test_a_query_that_sees_no_key_contributes_nothing_to_value_scores(piece):
+    # two keys were evicted from a prompt of eight, so a window of eight is longer than the cache
+    keys, values = tensor([K]), tensor([V])
+    pieces = list(zip(keys.split(piece, 1), values.split(piece, 1), strict=True))
+    queries = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(3)).double()
+    found = value_scores(inputs(queries, pieces))
+    assert found.isfinite().all()
+    seeing = value_scores(inputs(queries[:, 2:], pieces))
+    torch.testing.assert_close(found, seeing, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("ratio", "size", "kept"),
     [

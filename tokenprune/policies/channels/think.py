@@ -56,8 +56,9 @@ class Think(ChannelPolicy):
 def value_scores(inputs: ChannelInputs) -> Tensor:
     """Return the importance of value channels, `[H, D]` float32.
 
-    The window's own keys are the last ones, so a query sees all but those after its own. The
-    softmax is taken piece by piece, rescaled as larger logits are found.
+    The window's own keys are the last ones, so a query sees all but those after its own; one that
+    sees none contributes nothing. The softmax is taken piece by piece, rescaled as larger logits
+    are found.
     """
     import torch
 
@@ -81,4 +82,5 @@ def value_scores(inputs: ChannelInputs) -> Tensor:
         mixed = mixed * shrink + weights @ values.float()
         total = total * shrink + weights.sum(-1, keepdim=True)
         highest, begin = higher, begin + n
-    return (mixed / total).square().sum(1)
+    # 0 by 0 where a query of a window longer than the cache sees no key
+    return torch.where(total > 0, mixed / total, 0.0).square().sum(1)
