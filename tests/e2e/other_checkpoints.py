@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of models that we serve but cannot prune."""
+"""Tiny random checkpoints of other models than the built-in LLaVA."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-NAMES = ("qwen2_vl", "qwen3_vl", "llama")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _POSITIONS = 4096
 
 
 def build(name: str, tokenizer_of: Path, path: Path) -> Path:
-    """Write a model, one of `NAMES` or `deepseek_v3`, with the tokenizer of another checkpoint."""
+    """Write `qwen2_vl`, `qwen3_vl`, `deepseek_v3` or `llama`, with another's tokenizer."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)

@@ -1,93 +1,104 @@
-"""Other decoders and image layouts than the shared checkpoint's equal their oracle."""
+"""Models of other families prune like a transformers loop that drops the same rows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
+from tests.e2e.other_checkpoints import IMAGE, build
 from tests.e2e.support import Engine
-from tests.oracle.asks import COMPARE, DESCRIBE, WIDE, Ask, image, vflowopt, visual
+from tests.oracle.asks import TEXT, Ask, visual
 from tests.oracle.loop import Oracle
-from tests.oracle.request import assert_like_oracle
-from tests.oracle.visual import importance_of
-from tokenprune.demo.checkpoint import build_checkpoint
+from tests.oracle.request import assert_like_oracle, compare
+from tokenprune.shape import EngineShape
 
 pytestmark = pytest.mark.vllm
 
-# pytest orders tests by the place of a parameter: those with tiles first, the one with videos first
-FAMILIES = [
-    pytest.param(("qwen2", "llava_onevision"), id="llava-onevision"),
-    pytest.param(("llama", "llava_next"), id="llava-next"),
-    pytest.param(("mistral", "llava"), id="mistral"),
-    pytest.param(("qwen2", "llava"), id="qwen2"),
-    pytest.param(("qwen3", "llava"), id="qwen3"),
+NAMES = ("qwen2_vl", "qwen3_vl")
+# Qwen3-VL adds rows after its layers 0 and 1, so cuts lie among them
+SHAPE = EngineShape(4, (0, 1, 2), 2048)
+ONE = f"USER: {IMAGE}\nWhat is in the picture?\nASSISTANT:"
+TWO = f"USER: {IMAGE}\nand\n{IMAGE}\nWhich one is brighter, and why?\nASSISTANT:"
+
+
+def cuts(
+    method: str, layers: Sequence[int], ratios: Sequence[float], **keys: Any
+) -> dict[str, Any]:
+    """Return the flat keys of a schedule of its own."""
+    own = {"method": method, "prune_layers": layers, "keep_ratios": ratios, **keys}
+    return {f"pruning_visual_{key}": value for key, value in own.items()}
+
+
+CASES = [
+    Ask(TEXT),
+    Ask(ONE, (1,)),
+    Ask(ONE, (1,), visual("uniform", 1.0)),
+    Ask(ONE, (1,), cuts("uniform", [1, 2], [0.6, 0.3])),
+    Ask(ONE, (2,), visual("random", 0.25, seed=3)),
+    Ask(ONE, (2,), cuts("transprune", [1, 2], [0.6, 0.3])),
+    Ask(ONE, (3,), cuts("transprune", [1, 2], [0.6, 0.3], form="paper")),
+    Ask(TWO, (1, 2), cuts("transprune", [1, 2], [0.6, 0.3])),
+    Ask(TWO, (4, 2), cuts("uniform", [1, 2], [0.6, 0.3])),
+    Ask(ONE, (4,), cuts("uniform", [0], [0.3])),
+    Ask(ONE, (4,), cuts("transprune", [0, 2], [0.5, 0.2])),
+    Ask(ONE, (1,), visual("uniform", 0.001)),
 ]
-with_tiles = pytest.mark.parametrize("family", FAMILIES[:2], indirect=True)
-with_videos = pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
 
 
-@dataclass
-class Family:
-    """One model, in the engine and in the loop."""
+@pytest.fixture(scope="module", params=NAMES)
+def model(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    name = request.param
+    return build(name, checkpoint, tmp_path_factory.mktemp("families") / name)
 
-    engine: Engine
-    oracle: Oracle
 
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Family]:
-    decoder, architecture = request.param
-    path = tmp_path_factory.mktemp("family") / "model"
-    build_checkpoint(path, family=decoder, architecture=architecture)
-    engine = Engine(path)
-    yield Family(engine, Oracle(path))
-    is_idle = engine.is_idle
+@pytest.fixture(scope="module")
+def other(model: Path) -> Iterator[Engine]:
+    engine = Engine(
+        model,
+        prune_layers=list(SHAPE.prune_layers),
+        limit_mm_per_prompt={"image": 2, "video": 0},
+    )
+    yield engine
     engine.close()
-    assert is_idle
 
 
-def test_other_decoders_and_image_layouts_equal_their_oracle(family: Family) -> None:
-    asks = [
-        Ask(DESCRIBE, (1,)),
-        Ask(DESCRIBE, (1,), visual("uniform", 0.3)),
-        Ask(DESCRIBE, (2,), visual("transprune", 0.2)),
-    ]
-    for ask, answer in zip(asks, family.engine.ask(*asks), strict=True):
-        assert_like_oracle(family.oracle, ask, answer)
+@pytest.fixture(scope="module")
+def loop(model: Path) -> Oracle:
+    return Oracle(model)
 
 
-@with_tiles
-def test_tiles_and_line_breaks_equal_their_oracle(family: Family) -> None:
-    asks = [
-        Ask(DESCRIBE, (1,)),
-        Ask(DESCRIBE, (1,), vflowopt(0.3)),
-        Ask(DESCRIBE, (WIDE,), vflowopt(0.3, threshold=1.5, cell=5)),
-        Ask(DESCRIBE, (WIDE,), vflowopt(0.5, threshold=1.5, alpha=1.0)),
-        Ask(DESCRIBE, (WIDE,), vflowopt(0.01)),
-        Ask(COMPARE, (WIDE + 1, 2), vflowopt(0.2, threshold=1.5)),
-    ]
-    importance, grids = importance_of(family.oracle, image(WIDE), 1.5, 0)
-    assert grids[1][0] < 4 * 144 + 24, "the wide picture must be unpadded"
-    breaks = {i for i, x in enumerate(importance) if math.isinf(x)}
-    for ask, answer in zip(asks, family.engine.ask(*asks), strict=True):
-        kept = assert_like_oracle(family.oracle, ask, answer).trace.kept
-        if ask.images == (WIDE,):
-            first = set(kept[0])
-            assert breaks <= first or first <= breaks
+def test_a_batch_of_all_cases_equals_a_transformers_loop(other: Engine, loop: Oracle) -> None:
+    answers = other.ask(*CASES)
+    for ask, answer in zip(CASES, answers, strict=True):
+        assert_like_oracle(loop, ask, answer, shape=SHAPE)
+    assert other.blocks_missing == 0
 
 
-@with_videos
-def test_the_frames_of_a_video_equal_their_oracle(family: Family) -> None:
-    film = np.stack([np.asarray(image(seed)) for seed in (1, 2, 1, 3)])
-    prompt = "USER: <video>\nWhat happens, and is it in <image>\n?\nASSISTANT:"
-    data = {"video": [film], "image": [image(5)]}
-    for pruning in (None, vflowopt(0.3, threshold=1.5), vflowopt(0.2, alpha=1.5)):
-        ask = Ask(prompt, (), pruning)
-        (answer,) = family.engine.ask_with(ask, data)
-        assert_like_oracle(family.oracle, ask, answer, pictures=[film, image(5)])
+def test_dropping_rows_changes_the_answer_so_the_comparison_can_fail(
+    other: Engine, loop: Oracle
+) -> None:
+    (plain,) = other.ask(Ask(ONE, (1,)))
+    assert (
+        compare(loop, Ask(ONE, (1,), visual("uniform", 0.3)), plain, shape=SHAPE).difference > 0.01
+    )
+
+
+def test_prompts_in_chunks_end_at_the_same_log_probs(model: Path, loop: Oracle) -> None:
+    engine = Engine(
+        model,
+        prune_layers=list(SHAPE.prune_layers),
+        limit_mm_per_prompt={"image": 2, "video": 0},
+        max_num_batched_tokens=64,
+    )
+    try:
+        asks = [ask for ask in CASES if "transprune" not in str(ask.pruning)]
+        for ask, answer in zip(asks, engine.ask(*asks), strict=True):
+            assert_like_oracle(loop, ask, answer, shape=SHAPE)
+        assert engine.blocks_missing == 0
+    finally:
+        engine.close()

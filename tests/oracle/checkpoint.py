@@ -51,7 +51,19 @@ class Checkpoint:
         visual = ids == config.image_token_id
         if hasattr(config, "video_token_id"):
             visual |= ids == config.video_token_id
+        self._captured = captured
         return captured["inputs_embeds"][0], visual
+
+    def positions(self, num_rows: int) -> Tensor:
+        """Return the positions of the prompt embedded last: `[n]`, or `[3, n]` of M-RoPE."""
+        found = self._captured.get("position_ids")
+        # in front of the three, some models pass the plain ones
+        return torch.arange(num_rows) if found is None or found.ndim == 2 else found[-3:, 0]
+
+    def late_rows(self) -> list[Tensor]:
+        """Return what is added to the visual rows after each of the first layers (DeepStack)."""
+        found = self._captured.get("deepstack_visual_embeds")
+        return [] if found is None else list(found)
 
     def inputs(self, prompt: str, images: list[Picture]) -> Any:
         """Return what the processor makes of a prompt and its images and videos."""

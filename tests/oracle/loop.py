@@ -50,10 +50,10 @@ class Oracle(Checkpoint):
         if pruned.images is not None:
             hidden, ranks = choose_from(self, images, hidden, visual, pruned.images)
             pruned = replace(pruned, ranks=ranks)
-        n = hidden.shape[0]
-        positions = torch.arange(n)
+        positions, late = self.positions(len(hidden)), self.late_rows()
+        first_free = int(positions.max()) + 1
         ranks = torch.arange(int(visual.sum()))
-        num_text_after = n - 1 - int(visual.nonzero()[-1]) if visual.any() else 0
+        num_text_after = len(hidden) - 1 - int(visual.nonzero()[-1]) if visual.any() else 0
         total = torch.zeros(len(ranks), dtype=torch.float64)
         cache: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(self.decoder.layers):
@@ -68,8 +68,10 @@ class Oracle(Checkpoint):
                 alive[visual.nonzero()[chosen, 0]] = True
                 ranks, total = ranks[chosen], total[chosen]
                 trace.kept[index] = ranks.tolist()
-                hidden, positions, visual = hidden[alive], positions[alive], visual[alive]
+                hidden, positions, visual = hidden[alive], positions[..., alive], visual[alive]
             hidden, parts, kv, q = self._layer(layer, hidden, positions, None)
+            if index < len(late):
+                hidden[visual] += late[index][ranks]
             kv = kv if evicted is None else evicted.cut(index, *kv)
             if thinned is not None:
                 thinned.choose(index, q, *kv)
@@ -79,7 +81,7 @@ class Oracle(Checkpoint):
                 for x_in, x_out in parts:
                     total = total + ttv(x_in, x_out, visual, pruned.form)
         trace.logprobs.append(self._logprobs(hidden[-1]))
-        self._generate(trace, n, generated, cache, evicted, thinned)
+        self._generate(trace, first_free, generated, cache, evicted, thinned)
         return trace
 
     def _run_chunks(
@@ -104,7 +106,7 @@ class Oracle(Checkpoint):
     def _generate(
         self,
         trace: Trace,
-        n: int,
+        first_free: int,
         generated: list[int],
         cache: list[tuple[Tensor, Tensor]],
         evicted: Evicted | None,
@@ -112,7 +114,7 @@ class Oracle(Checkpoint):
     ) -> None:
         for step, token in enumerate(generated[:-1]):
             hidden = self.decoder.embed_tokens(torch.tensor([token]))
-            position = torch.tensor([n + step])
+            position = torch.tensor([first_free + step])
             for index, layer in enumerate(self.decoder.layers):
                 hidden, _, kv, _ = self._layer(layer, hidden, position, cache[index])
                 kv = kv if evicted is None else evicted.cut(index, *kv)
@@ -130,7 +132,8 @@ class Oracle(Checkpoint):
         q, k, v = (p(x).view(len(x), -1, dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
         if hasattr(attn, "q_norm"):
             q, k = attn.q_norm(q), attn.k_norm(k)
-        cos, sin = self.decoder.rotary_emb(x[None], positions[None])
+        batch = positions[None] if positions.ndim == 1 else positions[:, None]
+        cos, sin = self.decoder.rotary_emb(x[None], batch)
         cos, sin = cos[0, :, None], sin[0, :, None]
         return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v
 

@@ -45,6 +45,7 @@ def compare(
     *,
     chunk: int | None = None,
     pictures: list[Any] | None = None,
+    shape: EngineShape = SHAPE,
 ) -> Comparison:
     """Run the loop over an answer, with what the request drops.
 
@@ -54,6 +55,7 @@ def compare(
         answer: What the engine answered.
         chunk: Tokens of a step of the prompt, for eviction after each chunk.
         pictures: In place of the request's images.
+        shape: The engine's.
     """
     images = pictures or [image(s) for s in ask.images]
     _, rows = oracle.embed(ask.prompt, images)
@@ -61,7 +63,7 @@ def compare(
     evicted = evicted_like(ask, len(rows), text.num_key_value_heads, chunk)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     thinned = thinned_like(ask, head_size)
-    pruned = pruned_like(oracle, ask, images)
+    pruned = pruned_like(oracle, ask, images, shape)
     trace = oracle.run(ask.prompt, images, answer.tokens, pruned, evicted, thinned)
     steps = zip(trace.logprobs, answer.logprobs, strict=True)
     largest = max(abs(float(x[t]) - p) for x, found in steps for t, p in found.items())
@@ -75,14 +77,17 @@ def assert_like_oracle(
     *,
     chunk: int | None = None,
     pictures: list[Any] | None = None,
+    shape: EngineShape = SHAPE,
 ) -> Comparison:
     """Compare as `compare` does, and refuse log-probs that are further off than rounding is."""
-    found = compare(oracle, ask, answer, chunk=chunk, pictures=pictures)
+    found = compare(oracle, ask, answer, chunk=chunk, pictures=pictures, shape=shape)
     assert found.difference <= TOLERANCE, f"{found.difference} off for {ask}"
     return found
 
 
-def pruned_like(oracle: Oracle, ask: Ask, images: list[Any]) -> Pruned | None:
+def pruned_like(
+    oracle: Oracle, ask: Ask, images: list[Any], shape: EngineShape = SHAPE
+) -> Pruned | None:
     """Return which rows are dropped, or None."""
     keys = _keys(ask, "visual")
     if not keys:
@@ -90,7 +95,7 @@ def pruned_like(oracle: Oracle, ask: Ask, images: list[Any]) -> Pruned | None:
     _, rows = oracle.embed(ask.prompt, images)
     policy = parse_pruning({"visual": keys}).policy("visual")
     assert isinstance(policy, VisualPolicy)
-    return Pruned.like(policy, layout_of(rows), SHAPE)
+    return Pruned.like(policy, layout_of(rows), shape)
 
 
 def evicted_like(ask: Ask, num_tokens: int, heads: int, chunk: int | None = None) -> Evicted | None:

@@ -83,8 +83,8 @@ class PruningModelRunner(GPUModelRunner):
         if family is None or "visual" in self.shape.unsupported:
             return
         scorer = None
-        if isinstance(self.encoder_cache, ScoredEncoderCache):
-            tower = family.tower(self.vllm_config, self.model)
+        tower = family.tower(self.vllm_config, self.model)
+        if tower is not None and isinstance(self.encoder_cache, ScoredEncoderCache):
             scorer = ImageScorer(self.model, tower, self.encoder_cache, self.device, self.stats)
         self._staged = StagedPrefill(
             self.model,

@@ -41,10 +41,13 @@ class Decoder:
     Attributes:
         layers: Its layers in order.
         norm: The final norm, which is called with rows of the whole step.
+        num_late: After each of so many first layers the model adds rows of the whole step, outside
+            any module.
     """
 
     layers: Sequence[DecoderLayer]
     norm: nn.Module
+    num_late: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class Tower(abc.ABC):
         """
 
 
-class Family(abc.ABC):
+class Family:
     """Models of one kind.
 
     Attributes:
@@ -138,6 +141,6 @@ class Family(abc.ABC):
         ]
         return Decoder(layers, decoder.norm)
 
-    @abc.abstractmethod
-    def tower(self, vllm_config: VllmConfig, model: Any) -> Tower:
+    def tower(self, vllm_config: VllmConfig, model: Any) -> Tower | None:
         """Find the vision tower; asked only where `importance_unsupported` returns None."""
+        return None

@@ -2,7 +2,8 @@
 
 At the first layer of a stage the rows of every input of the layer are gathered to the kept ones;
 later layers of the stage get the stage's positions; before the final norm the rows are scattered
-back to their places, so the runner sees a full batch.
+back to their places, so the runner sees a full batch. The same is done wherever the model adds rows
+of its own between layers.
 
 Every hook returns at once while the model is traced for compilation and in all other steps, so
 compiled and CUDA-graph execution are untouched.
@@ -100,6 +101,9 @@ class StagedPrefill:
             )
             for part in (layer.attention, layer.mlp):
                 part.register_forward_hook(self._after_part(index), with_kwargs=True)
+            if index < decoder.num_late:
+                layer.module.register_forward_hook(self._before_late_rows)
+        self._num_late = decoder.num_late
         decoder.norm.register_forward_pre_hook(self._before_norm)
 
     def begin_step(self, step: PrunedStep) -> None:
@@ -163,6 +167,9 @@ class StagedPrefill:
             if torch.compiler.is_compiling() or step is None:
                 return None
             inputs = dict(zip(names, args, strict=False)) | kwargs
+            if step.rows is not None and index <= self._num_late:
+                # rows were put back for what the model adds to them
+                inputs = _gathered(inputs, step.rows)
             if step.positions is not None:
                 inputs[POSITIONS] = step.positions
             if stage is not None:
@@ -200,13 +207,25 @@ class StagedPrefill:
         step = self._step
         if torch.compiler.is_compiling() or step is None or step.rows is None:
             return None
-        full = []
+        return self._scattered(step.rows, args)
+
+    def _before_late_rows(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        step = self._step
+        if torch.compiler.is_compiling() or step is None or step.rows is None:
+            return None
+        return self._scattered(step.rows, output)
+
+    def _scattered(self, rows: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Put rows back in their places among all rows of the step.
+
+        Dropped rows are zero; nothing reads them, and nothing samples from them.
+        """
+        assert self._step is not None
+        num_rows = int(self._step.full_starts[-1])
         with self._stats.time(Op.SCATTER):
-            for x in args:
-                # dropped rows stay zero; nothing samples from them
-                out = x.new_zeros((int(step.full_starts[-1]), x.shape[-1]))
-                full.append(out.index_copy_(0, step.rows, x))
-        return tuple(full)
+            return tuple(
+                x.new_zeros((num_rows, x.shape[-1])).index_copy_(0, rows, x) for x in tensors
+            )
 
     def _choose_images(self, hidden: Tensor) -> dict[int, Tensor]:
         """Choose from the images of the step; return what becomes of their rows at stage 0."""

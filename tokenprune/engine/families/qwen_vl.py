@@ -1,0 +1,40 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, dense.
+
+Positions are M-RoPE, `[3, n]`. Qwen3-VL has DeepStack: after each of its first layers the model
+adds features of the vision tower to the visual rows, outside any module, so all rows must be there
+then. The features of a dropped token are dropped with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tokenprune.engine.families.base import Decoder, Family
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class QwenVL(Family):
+    """Qwen-VL with any of its towers."""
+
+    name: ClassVar[str] = "Qwen-VL"
+    architectures: ClassVar[tuple[str, ...]] = (
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+    )
+    decoders: ClassVar[tuple[str, ...]] = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+
+    def visual_unsupported(self, vllm_config: VllmConfig) -> str | None:
+        """Return why visual tokens of this model cannot be pruned, or None if they can."""
+        if vllm_config.model_config.multimodal_config.is_multimodal_pruning_enabled():
+            return "vLLM itself prunes videos (--video-pruning-rate)"
+        return super().visual_unsupported(vllm_config)
+
+    def decoder(self, model: Any) -> Decoder:
+        """Find the decoder's parts, and the layers after which rows are added."""
+        vision = model.config.vision_config
+        num_late = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        return dataclasses.replace(super().decoder(model), num_late=num_late)
