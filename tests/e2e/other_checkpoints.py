@@ -11,14 +11,19 @@ from torch import nn
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _POSITIONS = 4096
+_VIDEO_PROCESSORS = {
+    "Qwen2VL": "Qwen2VLVideoProcessor",
+    "Qwen2_5_VL": "Qwen2VLVideoProcessor",
+    "Qwen3VL": "Qwen3VLVideoProcessor",
+}
 
 
 def build(name: str, tokenizer_of: Path, path: Path) -> Path:
-    """Write `qwen2_vl`, `qwen3_vl`, `deepseek_v3` or `llama`, with another's tokenizer."""
+    """Write a Qwen-VL, `deepseek_v3` or `llama`, with the tokenizer of another checkpoint."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
-    classes = {"qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL"}
+    classes = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
     if name in classes:
         tokenizer.add_special_tokens({"additional_special_tokens": list(_SPECIAL)})
         tokenizer.image_token, tokenizer.video_token = _SPECIAL[2:]
@@ -86,6 +91,16 @@ def _vision_language_config(name: str, tokenizer: Any) -> Any:
     if name == "qwen2_vl":
         del text["head_dim"]
         vision |= {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
+    elif name == "qwen2_5_vl":
+        del text["head_dim"]
+        # windows of two by two merged patches in the first layer, all of the image in the last
+        vision |= {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "out_hidden_size": 64,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+        }
     else:
         rope["mrope_interleaved"] = True
         vision |= {
@@ -119,7 +134,7 @@ def _processor(family: str, config: Any, tokenizer: Any) -> Any:
     return getattr(transformers, f"{family}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(**grid),
         tokenizer=tokenizer,
-        video_processor=getattr(transformers, f"{family}VideoProcessor")(**grid),
+        video_processor=getattr(transformers, _VIDEO_PROCESSORS[family])(**grid),
     )
 
 

@@ -17,7 +17,7 @@ from tokenprune.shape import EngineShape
 
 pytestmark = pytest.mark.vllm
 
-NAMES = ("qwen2_vl", "qwen3_vl")
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Qwen3-VL adds rows after its layers 0 and 1, so cuts lie among them
 SHAPE = EngineShape(4, (0, 1, 2), 2048)
 ONE = f"USER: {IMAGE}\nWhat is in the picture?\nASSISTANT:"
