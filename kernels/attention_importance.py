@@ -5,7 +5,9 @@
     score_j    = sum over i in K of A_ij     `reduction="mean"` divides by |K|
 
 Where no column is above the threshold the scores are the column means: K is taken as all patches
-and averaged, so that they add up to 1 like one row of A, whatever the reduction.
+and averaged, so that they add up to 1 like one row of A, whatever the reduction. A row of a head
+whose softmax is undefined (NaN or +inf among its logits, or -inf alone) contributes nothing, so
+scores are always finite.
 
 Source: VFlowOpt, arXiv 2508.05211, the context relevance of its importance map; code
 sihany077/VFlowOpt@129eeef takes the mean where the paper has the sum. The empty K is ours: the
@@ -78,7 +80,8 @@ def attention_importance_reference(
             for block in range(0, n, rows_per_block):
                 rows = slice(block, block + rows_per_block)
                 logits = (q[head, rows].to(dtype) @ keys.T) * scale
-                sums += weights[rows] @ torch.softmax(logits, dim=-1)
+                # a softmax is NaN as a whole or not at all
+                sums += weights[rows] @ torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)
         return sums / h
 
     received = column_sums(torch.ones(n, dtype=dtype, device=q.device))

@@ -5,6 +5,9 @@
 with `g` over the query heads of KV head `h`. It is the squared Frobenius norm of the channel's
 share of Q K^T divided by the number of logits, so scores of runs of keys average by length.
 
+A channel of a head that holds NaN scores NaN, which `lag_keep` ranks lowest; no other channel is
+touched.
+
 Source: ThinK, arXiv 2407.21018, in the form of the released code since 2024-12; the mean over the
 query heads of a KV head is kvpress's. All sums are float32. One program per head and run of rows
 adds up squares; the sums of the runs are added in order, so the result is deterministic.

@@ -3,7 +3,9 @@
     score_j = mean over heads h and rows i of softmax_j(scale * q_hi . k_j),   j visual
 
 The softmax runs over every key its row may see (causal), not over the visual ones alone, so the
-scores add up to at most 1. Head h reads KV head h // (hq / hkv).
+scores add up to at most 1. Head h reads KV head h // (hq / hkv). A row of a head whose softmax is
+undefined (it sees no key, or NaN or +inf among its logits, or -inf alone) contributes nothing, so
+scores are always finite.
 
 Source: TransPrune, arXiv 2507.20630, eq. 6; code liaolea/TransPrune@c9e8284. We follow the code,
 because the paper leaves the heads' reduction and the set of keys open.
@@ -37,6 +39,7 @@ def instruction_attention(
         q: `[hq, t, dh]` queries of the text rows, after RoPE; any float dtype, any strides.
         k: `[hkv, n, dh]` keys of the sequence, dtype of `q`; `hq` is a multiple of `hkv`.
         q_rows: `[t]` int32 or int64, the row each query has in the sequence: its last visible key.
+            A negative one sees none.
         visual: `[n]` bool, true for visual tokens. Counting them synchronises with the GPU.
         scale: Factor of the logits, usually `dh ** -0.5`.
         backend: `torch`, `triton` (CUDA, or the interpreter), or None to choose by device.
@@ -46,7 +49,6 @@ def instruction_attention(
 
     Raises:
         ValueError: A shape, dtype, device or name is not as above, or there is no text row.
-            Negative values of `q_rows` are not checked: that would synchronise with the GPU.
     """
     _check(q, k, q_rows, visual)
     if choose_backend(backend, q.device) == "torch":
@@ -78,7 +80,8 @@ def instruction_attention_reference(
             rows = slice(block, block + rows_per_block)
             logits = (queries[rows] @ keys.T) * scale
             logits = logits.masked_fill(position > last_key[rows], -math.inf)
-            mass += torch.softmax(logits, dim=-1).sum(0)
+            # a softmax is NaN as a whole or not at all
+            mass += torch.softmax(logits, dim=-1).nan_to_num(nan=0.0).sum(0)
     return mass[visual] / (hq * t)
 
 

@@ -28,7 +28,7 @@ def lag_compact(
         blocks: `[num_blocks]` int32 or int64, the request's block table.
         source: `[h, m]` or `[1, m]` int64 cache indices, strictly ascending, `source[:, j]` at
             least `begin + j`. A single row stands for all heads.
-        begin: Cache index of the first destination.
+        begin: Cache index of the first destination; `begin + m` at most what the blocks hold.
         backend: `torch`, `triton` (CUDA, or the interpreter), or None to choose by device.
 
     Raises:
@@ -39,6 +39,12 @@ def lag_compact(
         raise ValueError(f"cache must be 4-D [B, h, S, w] with dense rows, got {describe(cache)}")
     if source.ndim != 2 or source.shape[0] not in (1, cache.shape[1]):
         raise ValueError(f"source must be [{cache.shape[1]} or 1, m], got {describe(source)}")
+    slots, end = blocks.numel() * cache.shape[2], begin + source.shape[1]
+    if blocks.ndim != 1 or not 0 <= begin <= end <= slots:
+        raise ValueError(
+            f"blocks must be 1-D and hold the destinations {begin}..{end - 1}, "
+            f"got {describe(blocks)} with {slots} slots"
+        )
     if choose_backend(backend, cache.device) == "torch":
         lag_compact_reference(cache, blocks, source, begin)
     else:

@@ -2,21 +2,23 @@
 
     out[h, p] = the `keep` indices i of the partition with the highest score[h, p, i], ascending
 
-Ties keep the lower index. A token's rank is the number of tokens that beat it, so no sort is
-needed and equal inputs give equal bits; kernel and reference agree exactly.
+NaN ranks lowest, after -inf, and ties keep the lower index: exactly `keep` tokens are kept whatever
+the scores are. A token's rank is the number of tokens that beat it, so the kernel needs no sort and
+equal inputs give equal bits; kernel and reference agree exactly.
 """
 
 import torch
 from torch import Tensor
 
 from tokenprune.kernels.ops.backend import choose_backend, describe
+from tokenprune.kernels.ops.ranking import descending_order
 
 
 def lag_keep(scores: Tensor, keep: int, *, backend: str | None = None) -> Tensor:
     """Choose the tokens to keep of each partition.
 
     Args:
-        scores: `[h, p, lag]` float32, free of NaN.
+        scores: `[h, p, lag]` float32.
         keep: Tokens to keep, in `[0, lag]`.
         backend: `torch`, `triton` (CUDA, or the interpreter), or None to choose by device.
 
@@ -39,5 +41,4 @@ def lag_keep(scores: Tensor, keep: int, *, backend: str | None = None) -> Tensor
 
 def lag_keep_reference(scores: Tensor, keep: int) -> Tensor:
     """Compute `lag_keep` in torch, for any float dtype."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :keep].sort(dim=-1).values
+    return descending_order(scores)[..., :keep].sort(dim=-1).values

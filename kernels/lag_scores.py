@@ -1,17 +1,22 @@
-"""lag_scores: how much each cached token stands out, seen from the tokens behind it (LagKV).
+"""lag_scores: how much each cached token stands out, seen from the tokens after it (LagKV).
 
-The tokens behind the sink form partitions of `lag`. With min and max per channel over partition
+The tokens after the sink form partitions of `lag`. With min and max per channel over partition
 p + 1, for the tokens of partition p and Z = K, V:
 
     x = (Z - min) / (max - min)      s_Z = softmax over the partition of std over channels of x
     score = s_K + s_V                std with n - 1 in the denominator
 
-A channel that is constant over partition p + 1, up to rounding, is left out of the std.
+A channel that is constant over partition p + 1, up to rounding, or not finite there, is left out
+of the std. A token with NaN in another channel gets nothing of that term and takes no part in its
+softmax; infinite values stand for very large ones. So scores are always finite, and what is not
+finite reaches no partition but its own and the one before.
 
 Source: LagKV, arXiv 2504.04704; code AI-Lab-China-Merchants-Bank/LagKV@2a9d19e. The code has no
 guard: a constant channel makes its partition NaN. It computes in the cache's dtype, we in float32.
 One program per head and partition; the reference differs by rounding only.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -31,7 +36,7 @@ def lag_scores(k: Tensor, v: Tensor, *, sink: int, lag: int, backend: str | None
         k: `[h, n, d]` cached keys, RoPE applied; any float dtype, any strides.
         v: `[h, n, d]` cached values, dtype of `k`.
         sink: Tokens before the first partition.
-        lag: Tokens of a partition. Tokens behind the last whole one are ignored.
+        lag: Tokens of a partition. Tokens after the last whole one are ignored.
         backend: `torch`, `triton` (CUDA, or the interpreter), or None to choose by device.
 
     Returns:
@@ -64,13 +69,17 @@ def _scores_of_one(z: Tensor, sink: int, lag: int) -> Tensor:
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     low, high = z[:, 1:].aminmax(dim=2, keepdim=True)
     span = high - low
-    varies = span > CONSTANT * torch.maximum(low.abs(), high.abs())  # [h, p, 1, d]
+    # [h, p, 1, d]; comparisons with NaN are false
+    varies = (span > CONSTANT * torch.maximum(low.abs(), high.abs())) & (span < math.inf)
     x = (z[:, :-1] - low) / torch.where(varies, span, 1.0)
     x = torch.where(varies, x.clamp(-MAX_NORMALISED, MAX_NORMALISED), 0.0)
     count = varies.sum(-1)  # [h, p, 1]
     mean = x.sum(-1) / count.clamp(min=1)
     square = torch.where(varies, x - mean[..., None], 0.0).square().sum(-1)
-    return torch.softmax((square / (count - 1).clamp(min=1)).sqrt(), dim=-1)
+    std = (square / (count - 1).clamp(min=1)).sqrt()
+    undefined = std.isnan()
+    share = torch.softmax(std.masked_fill(undefined, -math.inf), dim=-1)
+    return share.masked_fill(undefined, 0.0)
 
 
 def _check(k: Tensor, v: Tensor, sink: int, lag: int) -> None:

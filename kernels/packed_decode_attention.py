@@ -2,18 +2,21 @@
 
 A block and head of the cache `[B, h, S, 2d]` has `S * 2d` elements. In a dense block they are `S`
 rows `[key, value]`, one per slot. In a packed block tokens keep `width` of the `2d` elements each,
-row behind row: element `i` of token `t` is element `t * width + i` of the block, and a block holds
+row after row: element `i` of token `t` is element `t * width + i` of the block, and a block holds
 `S * 2d // width` tokens. Which elements a request keeps in a head is said by `places`: where
 element `j` of `[key, value]` lies in the packed row, or -1 if it was dropped. A dropped element is
 zero.
 
 A request's block table begins with its packed blocks; dense ones follow. One online softmax runs
 over both, with one scale, that of the full head size (ThinK, arXiv 2407.21018: the pruned and the
-dense logits are concatenated).
+dense logits are concatenated). A query without a key, or with -inf alone among its logits, gets
+zeros; NaN or +inf among them makes the result of its own query head NaN.
 
 The kernel reads the bytes that are kept and expands them in registers: one program per query row,
 KV head and split of its keys serves all query heads of the group; a second kernel merges splits.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -44,7 +47,7 @@ def packed_decode_attention(
         cache: `[B, h, S, 2d]`, dtype of `query`; any strides, the last one 1.
         blocks: `[R, m]` int32 block tables by request, packed blocks first.
         rows: `[r, 5]` int32: row of `query` and `out`, request, packed blocks, dense tokens, and
-            elements of a packed token. A negative row of `query` makes it nothing to do.
+            elements of a packed token. A row outside of `query` makes it nothing to do.
         places: `[R, h, 2d]` int16, see above.
         out: `[t, hq, d]`, dtype of `query`; rows that are not named are left alone.
         scale: What logits are multiplied with.
@@ -91,7 +94,7 @@ def packed_decode_attention_reference(
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads, block_size = cache.shape[1:3]
     for token, request, packed, dense, width in rows.tolist():
-        if token < 0:
+        if not 0 <= token < len(query):
             continue
         table = blocks[request].long()
         last = packed + ceil_div(dense, block_size)
@@ -107,7 +110,9 @@ def packed_decode_attention_reference(
             .chunk(2, dim=2)
         )  # [h, n, d]
         grouped = query[token].view(heads, -1, query.shape[2]).to(dtype)  # [h, g, d]
-        probs = torch.softmax(grouped @ keys.transpose(1, 2) * scale, dim=-1)
+        logits = grouped @ keys.transpose(1, 2) * scale
+        is_empty = (logits == -math.inf).all(dim=-1, keepdim=True)
+        probs = torch.softmax(logits, dim=-1).masked_fill(is_empty, 0.0)
         out[token] = (probs @ values).flatten(0, 1).to(out.dtype)
     return out
 
@@ -121,7 +126,7 @@ def pack(tokens: Tensor, kept: Tensor, block_size: int) -> Tensor:
         block_size: `S`.
 
     Returns:
-        `[blocks, h, S, 2d]`; what is behind the last token of a block is zero.
+        `[blocks, h, S, 2d]`; what is after the last token of a block is zero.
     """
     heads, n, full = tokens.shape
     width = kept.shape[1]

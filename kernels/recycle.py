@@ -7,8 +7,9 @@
 As many tokens are low as give exactly `keep` rows: of the tokens in descending importance the
 first T stay as they are, and T is the number for which T plus the cells that hold the others is
 `keep`. With fewer rows than cells, the most important representatives stay, and the other cells
-are lost. Negative importances weigh nothing; a cell without weight is averaged evenly.
-A token of infinite importance (a line break of the image) is in no cell.
+are lost. Negative importances weigh nothing; a cell whose weights do not add up to a finite number
+above zero is averaged evenly. A token of infinite importance (a line break of the image) is in no
+cell. NaN is the lowest importance, after -inf, and weighs nothing.
 Ties: the lower index is more important.
 
 Source: VFlowOpt, arXiv 2508.05211, stage 0; code sihany077/VFlowOpt@129eeef, which fixes the
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.kernels.ops.backend import ceil_div, choose_backend, describe
+from tokenprune.kernels.ops.ranking import descending_order
 
 
 def recycle(
@@ -41,11 +43,12 @@ def recycle(
 
     Args:
         features: `[n, d]` tokens, row by row of their grid; any float dtype.
-        importance: `[n]` float, not NaN; infinity marks a token that stays and folds nothing.
-        grid_width: Tokens of a grid row; or `(tokens, width)` of several grids that lie behind
+        importance: `[n]` float; infinity marks a token that stays and folds nothing.
+        grid_width: Tokens of a grid row; or `(tokens, width)` of several grids that come after
             each other, as the base and the tiles of an image do. Cells never span two grids.
         keep: Rows to return, in `1..n`.
-        cell: Side of a cell in tokens, above 0; need not be a whole number.
+        cell: Side of a cell in tokens, above 0; need not be a whole number. Up to 1 every token
+            has a cell of its own.
         backend: `torch`, `triton` (CUDA, or the interpreter), or None to choose by device.
 
     Returns:
@@ -81,11 +84,13 @@ def recycle_reference(
 def _cells(
     grids: Sequence[tuple[int, int]], cell: float, device: torch.device
 ) -> tuple[Tensor, int]:
-    """Return the cell of every token, and how many cells there can be."""
+    """Return the cell of every token, and how many cells there can be: at most one per place."""
+    # a smaller side separates tokens no further, it only leaves empty cells between them
+    cell = max(cell, 1.0)
     parts, first = [], 0
     for tokens, width in grids:
         index = torch.arange(tokens, device=device)
-        across = math.floor((width - 1) / cell) + 1
+        across = math.floor((min(width, tokens) - 1) / cell) + 1
         down = math.floor((ceil_div(tokens, width) - 1) / cell) + 1
         row, column = index // width, index % width
         at = [torch.floor(x.double() / cell).long() for x in (row, column)]
@@ -102,7 +107,7 @@ def _choose(
     Weights are relative: a row divides by the sum over its tokens.
     """
     n, device = len(importance), importance.device
-    order = importance.sort(descending=True, stable=True).indices
+    order = descending_order(importance)
     index = torch.arange(n, device=device)
     rank = torch.empty_like(order).scatter_(0, order, index)
     stays = importance == math.inf
@@ -129,16 +134,18 @@ def _choose(
     representative = torch.cat([order, order.new_full((1,), n)])[best[cells]]
     slot = place[torch.where(low, representative, index)]
     dtype = torch.promote_types(importance.dtype, torch.float32)
-    weight = torch.where(low, importance.to(dtype).clamp_min(0), 1.0)
+    # a comparison with NaN is false
+    positive = torch.where(importance > 0, importance, 0.0).to(dtype)
+    weight = torch.where(low, positive, 1.0)
     return kept, slot, weight
 
 
 def _fold(features: Tensor, slot: Tensor, weight: Tensor, keep: int) -> Tensor:
     dtype = torch.promote_types(features.dtype, torch.float32)
-    # the row behind the last takes the tokens that go nowhere
+    # the row after the last takes the tokens that go nowhere
     total = weight.new_zeros(keep + 1).index_add_(0, slot, weight)[slot]
     count = weight.new_zeros(keep + 1).index_add_(0, slot, torch.ones_like(weight))[slot]
-    share = torch.where(total > 0, weight / total, 1 / count)
+    share = torch.where((total > 0) & (total < math.inf), weight / total, 1 / count)
     out = torch.zeros(keep + 1, features.shape[1], dtype=dtype, device=features.device)
     return out.index_add_(0, slot, features.to(dtype) * share.to(dtype)[:, None])[:keep]
 

@@ -4,11 +4,14 @@
     score_i = m_i * softmax_i(1 - |d_i|)
 
 `signed` takes 1 - d instead, `scope="all"` a softmax over every row: together the released code.
-An all-zero input row has m = 0 here; the released code divides 0 by 0.
+An all-zero input row has m = 0 here; the released code divides 0 by 0. A row whose d is undefined,
+because it holds NaN or infinity, scores 0 and takes no part in the softmax.
 
 Source: TransPrune, arXiv 2507.20630; code liaolea/TransPrune@c9e8284. The paper is the default.
 The kernel reads each row once and sums in float32; it differs from the reference by rounding only.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -67,7 +70,9 @@ def transition_scores_reference(
     cosine = (x_in * x_out).sum(-1) / (norm_in.clamp_min(EPS) * norm_out.clamp_min(EPS))
     magnitude = torch.where(norm_in > 0, norm_out / norm_in, 0.0)
     direction = 1 - (cosine if signed else cosine.abs())
-    return (torch.softmax(direction, dim=0) * magnitude)[visual]
+    undefined = direction.isnan()
+    weight = torch.softmax(direction.masked_fill(undefined, -math.inf), dim=0)
+    return (weight * magnitude).masked_fill(undefined, 0.0)[visual]
 
 
 def _check(x_in: Tensor, x_out: Tensor, visual: Tensor, scope: str) -> None:

@@ -94,7 +94,8 @@ def lse_kernel(
     if WIDEN:
         q = q.to(tl.float32)
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # finite, so that a tile of nothing but -inf adds nothing
+    peak = tl.full([BLOCK_M], -1e38, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, n, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)  # [BLOCK_N], the first of a tile always exists
@@ -155,5 +156,8 @@ def mass_kernel(
         if WIDEN:
             q = q.to(tl.float32)
         logits = tl.dot(q, k, input_precision="tf32x3") * scale_log2  # [BLOCK_M, BLOCK_N]
-        mass += tl.sum(tl.exp2(logits - lse[:, None]) * weight[:, None], axis=0)
+        # -inf where all logits of the row are, NaN where one of them is NaN or +inf
+        is_defined = in_row & (lse > float("-inf"))
+        logits = tl.where(is_defined[:, None], logits - lse[:, None], float("-inf"))
+        mass += tl.sum(tl.exp2(logits) * weight[:, None], axis=0)
     tl.store(mass_ptr + head * n + key, mass, mask=key < n)

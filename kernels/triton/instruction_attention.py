@@ -123,7 +123,8 @@ def lse_kernel(
         total *= tl.exp2(peak - new_peak)
         total += tl.sum(tl.exp2(logits - new_peak[:, None]), axis=1)
         peak = new_peak
-    has_key = total > 0
+    # a NaN in `total` passes on: it tells the second pass that the row is undefined
+    has_key = total != 0
     lse = tl.where(has_key, peak + tl.log2(tl.where(has_key, total, 1.0)), float("-inf"))
     at_lse = (split.to(tl.int64) * tl.num_programs(1) + kv_head) * rows + row
     tl.store(lse_ptr + at_lse, lse, mask=in_row)
@@ -185,8 +186,11 @@ def mass_kernel(
         if WIDEN:
             q = q.to(tl.float32)
         logits = tl.dot(q, k, input_precision="tf32x3") * scale_log2  # [BLOCK_M, BLOCK_N]
+        # -inf where the row has no key, NaN where one of its logits is NaN or +inf
+        is_defined = lse > float("-inf")
+        seen = is_defined[:, None] & (key[None, :] <= last_key[:, None])
         # masked before exp2: a key the row may not see can overflow it
-        logits = tl.where(key[None, :] <= last_key[:, None], logits, float("-inf"))
-        mass += tl.sum(tl.exp2(logits - lse[:, None]), axis=0)
+        logits = tl.where(seen, logits - lse[:, None], float("-inf"))
+        mass += tl.sum(tl.exp2(logits), axis=0)
     at_mass = kv_head * num_visual + column
     tl.store(mass_ptr + at_mass, mass / num_weights, mask=in_column)

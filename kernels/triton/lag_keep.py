@@ -46,11 +46,14 @@ def keep_kernel(
     for start in range(0, lag, BLOCK_J):
         others = start + tl.arange(0, BLOCK_J)
         theirs = tl.load(scores_ptr + others, mask=others < lag, other=float("-inf"))
-        higher = theirs[None, :] > mine[:, None]
-        first = (theirs[None, :] == mine[:, None]) & (others[None, :] < tokens[:, None])
+        # NaN equals NaN only, and everything else is higher
+        undefined, other_undefined = (mine != mine)[:, None], (theirs != theirs)[None, :]
+        higher = (theirs[None, :] > mine[:, None]) | (undefined & ~other_undefined)
+        equal = (theirs[None, :] == mine[:, None]) | (undefined & other_undefined)
+        first = equal & (others[None, :] < tokens[:, None])
         beaten = (higher | first) & (others < lag)[None, :]
         rank += tl.sum(beaten.to(tl.int32), axis=1)
     is_kept = in_partition & (rank < keep)
     # the place among the kept ones, which are in order
     place = tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
-    tl.store(kept_ptr + row * keep + place, tokens.to(tl.int64), mask=is_kept)
+    tl.store(kept_ptr + row * keep + place, tokens.to(tl.int64), mask=is_kept & (place < keep))

@@ -70,17 +70,21 @@ def scores_kernel(
         in_tile = (tokens < lag)[:, None] & in_row[None, :]
         at = (first + lag + tokens)[:, None] * stride_n + cols[None, :] * stride_d
         z = tl.load(z_ptr + at, mask=in_tile, other=0.0).to(tl.float32)
+        # minimum and maximum pass over a NaN; an infinity makes the span infinite or NaN
+        z = tl.where(z == z, z, float("inf"))
         low = tl.minimum(low, tl.min(tl.where(in_tile, z, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(in_tile, z, float("-inf")), axis=0))
     span = high - low
     varies = in_row & (span > CONSTANT * tl.maximum(tl.abs(low), tl.abs(high)))
+    varies = varies & (span < float("inf"))
     count = tl.sum(varies.to(tl.float32), axis=0)
     span = tl.where(varies, span, 1.0)
     low = tl.where(varies, low, 0.0)
 
     # the deviations are computed twice, once for the softmax's maximum and sum and once to
     # write it: a program cannot read what its other threads wrote without a barrier
-    top = tl.full([1], float("-inf"), tl.float32)
+    # finite, so that a partition without a defined token never computes -inf - -inf
+    top = tl.full([1], -1e38, tl.float32)
     total = tl.zeros([1], tl.float32)
     for turn in tl.static_range(2):
         for start in range(0, lag, BLOCK_L):
@@ -90,18 +94,20 @@ def scores_kernel(
             at = (first + tokens)[:, None] * stride_n + cols[None, :] * stride_d
             z = tl.load(z_ptr + at, mask=used, other=0.0).to(tl.float32)
             x = (z - low[None, :]) / span[None, :]
-            x = tl.minimum(tl.maximum(x, -MAX_NORMALISED), MAX_NORMALISED)
+            # not by minimum and maximum, which would make a number of NaN
+            x = tl.where(x > MAX_NORMALISED, MAX_NORMALISED, x)
+            x = tl.where(x < -MAX_NORMALISED, -MAX_NORMALISED, x)
             x = tl.where(used, x, 0.0)
             mean = tl.sum(x, axis=1) / tl.maximum(count, 1.0)
             x = tl.where(used, x - mean[:, None], 0.0)
             std = tl.sqrt(tl.sum(x * x, axis=1) / tl.maximum(count - 1, 1.0))
+            std = tl.where(in_partition & (std == std), std, float("-inf"))
             if turn == 0:
-                std = tl.where(in_partition, std, float("-inf"))
                 higher = tl.maximum(top, tl.max(std, axis=0))
                 total = total * tl.exp(top - higher) + tl.sum(tl.exp(std - higher), axis=0)
                 top = higher
             else:
-                score = tl.exp(std - top) / total
+                score = tl.exp(std - top) / tl.where(total > 0, total, 1.0)
                 if ACCUMULATE:
                     score += tl.load(row_ptr + tokens, mask=in_partition, other=0.0)
                 tl.store(row_ptr + tokens, score, mask=in_partition)

@@ -42,7 +42,7 @@ def packed_decode_attention_triton(
             *(query, cache, blocks, rows, places),
             *(out, parts, stats),
             scale,
-            *(block_size, d, group),
+            *(query.shape[0], block_size, d, group),
             *query.stride()[:2],
             *cache.stride()[:3],
             *(blocks.stride(0), *places.stride()[:2]),
@@ -59,7 +59,7 @@ def packed_decode_attention_triton(
         if splits > 1:
             merge_kernel[(count, hq)](
                 *(rows, parts, stats, out),
-                d,
+                *(query.shape[0], d),
                 *out.stride()[:2],
                 SPLITS=splits,
                 FIELDS=rows.shape[1],
@@ -92,7 +92,8 @@ def _accumulate(q, k, v, valid, scale, acc, total, top, WIDEN: tl.constexpr):
     return acc * shrink[:, None] + mixed, total * shrink + tl.sum(weights, axis=1), higher
 
 
-@triton.jit
+# the number of rows changes from step to step: no step compiles a kernel for its own
+@triton.jit(do_not_specialize=["num_tokens"])
 def attention_kernel(
     q_ptr,
     cache_ptr,
@@ -103,6 +104,7 @@ def attention_kernel(
     parts_ptr,
     stats_ptr,
     scale,
+    num_tokens,
     block_size,
     d,
     group,
@@ -129,7 +131,7 @@ def attention_kernel(
     split = tl.program_id(2)
     rows_ptr += row * FIELDS
     token = tl.load(rows_ptr).to(tl.int64)
-    if token >= 0:
+    if (token >= 0) & (token < num_tokens):
         request = tl.load(rows_ptr + 1).to(tl.int64)
         packed_blocks = tl.load(rows_ptr + 2)
         dense = tl.load(rows_ptr + 3)
@@ -159,7 +161,8 @@ def attention_kernel(
 
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
-        top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        # finite, so that tiles of nothing but -inf add nothing
+        top = tl.full([BLOCK_G], -1e38, tl.float32)
         for tile in range(first, tl.minimum(last, packed_tiles)):
             tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)
             valid = tokens < packed
@@ -187,8 +190,8 @@ def attention_kernel(
 
         if SPLITS == 1:
             at = token * stride_ot + heads_of_group[:, None] * stride_oh + cols[None, :]
-            # rows beyond the group attended with a query of zeros, so no sum is zero
-            mixed = acc / total[:, None]
+            # without a key the sum is zero; a NaN stays one
+            mixed = acc / tl.where(total == 0, 1.0, total)[:, None]
             tl.store(out_ptr + at, mixed.to(out_ptr.dtype.element_ty), mask=in_q)
         else:
             part = (row * tl.num_programs(1) * group + heads_of_group) * SPLITS + split
@@ -197,12 +200,13 @@ def attention_kernel(
             tl.store(stats_ptr + part * 2 + 1, total, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def merge_kernel(
     rows_ptr,
     parts_ptr,
     stats_ptr,
     out_ptr,
+    num_tokens,
     d,
     stride_ot,
     stride_oh,
@@ -215,18 +219,19 @@ def merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     token = tl.load(rows_ptr + row * FIELDS).to(tl.int64)
-    if token >= 0:
+    if (token >= 0) & (token < num_tokens):
         splits = tl.arange(0, BLOCK_S)
         there = splits < SPLITS
         cols = tl.arange(0, BLOCK_D)
         in_row = cols < d
         part = (row * tl.num_programs(1) + head) * SPLITS + splits
-        top = tl.load(stats_ptr + part * 2, mask=there, other=float("-inf"))
+        top = tl.load(stats_ptr + part * 2, mask=there, other=-1e38)
         total = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0)
-        # a split without keys has -inf here and weighs nothing
+        # a split without keys has -1e38 here and sums of zero
         weight = tl.exp(top - tl.max(top, axis=0))
         at = part[:, None] * d + cols[None, :]
         acc = tl.load(parts_ptr + at, mask=there[:, None] & in_row[None, :], other=0.0)
-        mixed = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+        whole = tl.sum(total * weight, axis=0)
+        mixed = tl.sum(acc * weight[:, None], axis=0) / tl.where(whole == 0, 1.0, whole)
         at = token * stride_ot + head * stride_oh + cols
         tl.store(out_ptr + at, mixed.to(out_ptr.dtype.element_ty), mask=in_row)

@@ -30,11 +30,13 @@ def entropy_kernel(grey_ptr, out_ptr, pixels, BLOCK_P: tl.constexpr, BLOCK_J: tl
     equal = tl.zeros([BLOCK_P], tl.int32)
     for first in range(0, pixels, BLOCK_J):
         other_at = first + tl.arange(0, BLOCK_J)  # [BLOCK_J]
-        # a value that no pixel has stands for what lies behind the patch
+        # a value that no pixel has stands for what lies after the patch
         other = tl.load(grey_ptr + start + other_at, mask=other_at < pixels, other=0)
         other = tl.where(other_at < pixels, other.to(tl.int32), -1)
         equal += tl.sum((mine[:, None] == other[None, :]).to(tl.int32), axis=1)
     bits = tl.where(at < pixels, tl.log2(tl.maximum(equal, 1).to(tl.float32)), 0.0)
     # one pixel is a constant to the compiler, and a constant has no `to`
     count = tl.cast(pixels, tl.float32)
-    tl.store(out_ptr + tl.program_id(0), tl.log2(count) - tl.sum(bits, axis=0) / count)
+    # rounding must not make the entropy of a patch of one colour negative
+    entropy = tl.maximum(tl.log2(count) - tl.sum(bits, axis=0) / count, 0.0)
+    tl.store(out_ptr + tl.program_id(0), entropy)

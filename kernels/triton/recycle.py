@@ -66,6 +66,6 @@ def fold_kernel(
         total += weight
     count = (end - begin).to(tl.float32)
     # a token that stays as it is must not be multiplied and divided by its weight
-    even = (total <= 0) | (count == 1)
+    even = (total <= 0) | (total == float("inf")) | (count == 1)
     folded = tl.where(even, plain / count, weighted / tl.where(even, 1.0, total))
     tl.store(out_ptr + row * d + column, folded, mask=column < d)

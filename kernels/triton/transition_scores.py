@@ -88,8 +88,11 @@ def stats_kernel(
     magnitude = tl.where(is_zero, 0.0, norm_out / tl.where(is_zero, 1.0, norm_in))
     # the largest direction term is known beforehand, so the softmax needs no pass for its max
     exponent = -1.0 - cosine if SIGNED else -tl.abs(cosine)
-    weight = tl.where(in_scope, tl.exp(exponent), 0.0)
-    tl.store(weights_ptr + rows, weight * magnitude, mask=rows < n)
+    is_defined = in_scope & (exponent == exponent)
+    weight = tl.where(is_defined, tl.exp(exponent), 0.0)
+    # 0 by infinity is NaN, so the product is masked as well
+    score = tl.where(is_defined, weight * magnitude, 0.0)
+    tl.store(weights_ptr + rows, score, mask=rows < n)
     tl.store(partials_ptr + tile, tl.sum(weight, axis=0))
 
 
@@ -112,4 +115,7 @@ def normalise_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.load(rows_ptr + at, mask=at < num_visual, other=0)
     weight = tl.load(weights_ptr + rows, mask=at < num_visual, other=0.0)
-    tl.store(scores_ptr + at, weight / tl.sum(total, axis=0), mask=at < num_visual)
+    # without a defined row all weights are zero
+    whole = tl.sum(total, axis=0)
+    score = weight / tl.where(whole > 0, whole, 1.0)
+    tl.store(scores_ptr + at, score, mask=at < num_visual)
