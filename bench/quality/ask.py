@@ -11,8 +11,9 @@ from urllib.request import ProxyHandler, build_opener
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from PIL import Image
 
-from bench.quality.cells import OFF, TASKS, Cell, Item
+from bench.quality.cells import OFF, Cell
 from bench.quality.store import SERVED, Answers
+from bench.tasks.held_out import TASKS, Item
 from tokenprune.errors import TokenPruneError
 
 MODEL = "quality"

@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.common import manifest
 from bench.quality.ask import MODEL, ask_all, engine_shape
-from bench.quality.cells import Cell, Item
+from bench.quality.cells import Cell
 from bench.quality.store import Answers
+from bench.tasks.held_out import Item
 from tokenprune.demo.local_server import LocalServer
 from tokenprune.errors import TokenPruneError
 
