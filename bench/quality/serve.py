@@ -63,11 +63,11 @@ def ask_server(
             try:
                 console.print("Starting tokenprune serve (up to a minute or two) ...")
                 server.wait_until_ready()
-                engine = engine_shape(server.url)
+                engine = engine_shape(server)
                 run = manifest("bench.quality", seed)
                 answers.start_run({**run, "engine": engine, "concurrency": concurrency})
                 with bar(console, "served", len(work)) as advance:
-                    ask_all(server.url, engine, work, answers, concurrency, advance)
+                    ask_all(server, engine, work, answers, concurrency, advance)
             except (TokenPruneError, OpenAIError, OSError) as error:
                 console.print(server.log_tail(), markup=False, soft_wrap=True)
                 raise TokenPruneError(f"the server must answer, got: {error}") from error
