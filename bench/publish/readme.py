@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.capacity import run as capacity
+from bench.capacity import report as capacity
+from bench.common import write_whole
 from bench.publish import demo_tables
 from bench.publish.quality_readme import committed_block
 from bench.quality.cells import AXES
-from bench.quality.store import write_whole
 from tokenprune.demo.builtin import FOLDER
 from tokenprune.errors import TokenPruneError
 
