@@ -33,6 +33,7 @@ from tokenprune.request import (
     has_flat,
     parse_pruning,
 )
+from tokenprune.server.elsewhere import RefuseElsewhere
 from tokenprune.server.listing import policies_listing
 from tokenprune.server.metrics import count_off, count_refused, count_served
 from tokenprune.server.usage import (
@@ -118,13 +119,15 @@ async def list_policies(raw_request: Request) -> dict[str, Any]:
 
 
 def attach_routes(app: FastAPI) -> None:
-    """Add our routes; vLLM lets those with a core route's path replace it."""
+    """Add our routes, which vLLM lets replace those of their paths; refuse the field elsewhere."""
     replaced: dict[Handler, Handler] = {
         chat_router.create_chat_completion: create_chat_completion,
         completion_router.create_completion: create_completion,
     }
+    served = []
     for route in list(app.routes):
         if isinstance(route, APIRoute) and route.endpoint in replaced:
+            served.append(route.path)
             app.add_api_route(
                 route.path,
                 replaced[route.endpoint],
@@ -134,6 +137,7 @@ def attach_routes(app: FastAPI) -> None:
                 responses=route.responses,
             )
     app.add_api_route("/v1/pruning/policies", list_policies, methods=["GET"])
+    app.add_middleware(RefuseElsewhere, served=served)
 
 
 async def _serve(request: Any, raw_request: Request, stock: Handler) -> Response | None:
