@@ -50,7 +50,7 @@ def serve(mode, folder):
         from tokenprune.engine.launch import engine_arguments
 
         os.environ["VLLM_PLUGINS"] = "tokenprune"
-        arguments = engine_arguments(PRUNE_LAYERS)
+        arguments = engine_arguments(prune_layers=PRUNE_LAYERS)
     from vllm import LLM, SamplingParams
 
     engine = LLM(

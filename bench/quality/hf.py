@@ -86,7 +86,7 @@ class Checker:
             engine["num_layers"],
             (0, *engine["prune_layers"]),
             engine["max_num_batched_tokens"],
-            engine["visual_unsupported"],
+            {"visual": reason} if (reason := engine["visual_unsupported"]) else {},
         )
 
     def check(self, cell: Cell, item: Item, answers: Answers) -> None:
