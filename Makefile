@@ -30,7 +30,7 @@ test: lint
 
 quality: setup
 	$(BIN)/python -m bench.quality $(ARGS)
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.publish
 
 lint: setup
 	$(BIN)/ruff format --check .

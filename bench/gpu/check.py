@@ -61,7 +61,7 @@ def commands(step, options):
         return [([*command, "--out", str(options.out / "kernels.jsonl")], {})]
     if step == "serve":
         dtype = "float32" if cpu else "bfloat16"
-        command = [python, "-m", "bench.bench_serve", "--quick", "--dtype", dtype]
+        command = [python, "-m", "bench.serving", "--quick", "--dtype", dtype]
         runner = {} if cpu else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
         return [([*command, "--out", str(options.out / "serve.jsonl")], runner)]
     vllm = [python, "-m", "bench.gpu.vllm_checks", step, options.device, options.dtype]
@@ -79,7 +79,7 @@ def run(command, environment, limit, log):
         try:
             child.wait(limit)
         except subprocess.TimeoutExpired:
-            # a plain kill first: bench_serve stops its servers then
+            # a plain kill first: bench.serving stops its servers then
             child.terminate()
             try:
                 child.wait(_STOP_SECONDS)
@@ -131,7 +131,7 @@ def main():
         parser.error(f"--steps must be among {', '.join(STEPS)}, got {sorted(unknown)}")
     options.out = options.out.absolute()
     options.out.mkdir(parents=True, exist_ok=True)
-    head = manifest("bench.gpu.check", SEED)
+    head = manifest("bench.gpu", SEED)
     if options.device == "cuda" and head["machine"]["gpu"] is None:
         parser.error("--device must be cpu where torch finds no GPU, got cuda")
     head |= {"device": options.device, "dtype": options.dtype}
@@ -156,7 +156,3 @@ def main():
                     console.print(record["log"], markup=False)
     console.print(table)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@
 #   times    bench_kernels
 #   eager    vLLM without graphs: off equals stock, pruned equals a float64 loop, blocks return
 #   graphs   the same with CUDA graphs FULL_DECODE_ONLY, and graphs read lengths at one address
-#   serve    bench_serve --quick
+#   serve    bench.serving --quick
 # Results: one JSON line per check in $OUT/check.jsonl; OUT defaults to bench/results/gpu.
 #
 # Expected there: Python 3.12 with torch 2.11 (CUDA 13), triton 3.6, transformers 5.17, numpy,
@@ -35,4 +35,4 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
     --target "$site" "$WHEELS"/*.whl
 fi
 export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-"$PYTHON" -m bench.gpu.check "$@"
+"$PYTHON" -m bench.gpu "$@"

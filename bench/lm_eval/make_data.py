@@ -1,6 +1,6 @@
 """Write the question files of the two lm-eval tasks in this folder; nothing is downloaded.
 
-    python -m bench.lm_eval.make_data [-n 100] [--seed 0] [--picture-level 5] [--text-level 6]
+    python -m bench.lm_eval [-n 100] [--seed 0] [--picture-level 5] [--text-level 6]
 
 The files are JSON lines: `question`, `answer` and, for pictures, `pictures` as base64 PNG.
 """
@@ -9,15 +9,14 @@ import argparse
 import base64
 import io
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from bench.quality_store import write_whole
-from bench.quality_tasks import TASKS, Item, Levels, item
+from bench.quality.cells import TASKS, Item, Levels, item
+from bench.quality.store import write_whole
 
 # the task files name these paths, from the repository root
 FOLDER = Path("build/lm_eval")
@@ -44,7 +43,7 @@ def _png(pixels: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     hardest = Levels()
-    parser = argparse.ArgumentParser("bench.lm_eval.make_data")
+    parser = argparse.ArgumentParser("bench.lm_eval")
     parser.add_argument("-n", type=int, default=100, help="questions a file, over its families")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture-level", type=int, default=hardest.picture)
@@ -62,7 +61,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_whole(options.out / name, lines)
         print(f"{options.out / name}: {options.n} questions")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.demo_tables import tables
+from bench.publish.demo_tables import tables
 from tests.demo.figures import AFTER, BEFORE, quiz_rows, speed_rows
 from tokenprune.demo import builtin, measure, quiz, run
 from tokenprune.demo.report import WIDTH, parse_samples

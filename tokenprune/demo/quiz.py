@@ -7,7 +7,7 @@
 * KV blocks held: vLLM's own gauge on the metrics page, read with each token of one more request of
   each method, which runs alone and is not timed; the median of those that saw it.
 
-`bench/demo_model/demo_questions.py` made the set from held-out data.
+`bench/tasks/demo_questions.py` made the set from held-out data.
 """
 
 from __future__ import annotations

@@ -1,0 +1,8 @@
+"""Run `python -m bench.publish`."""
+
+import sys
+
+from bench.publish.readme import main
+
+if __name__ == "__main__":
+    sys.exit(main())
