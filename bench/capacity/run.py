@@ -164,7 +164,7 @@ def start(mode, folder, args, pool, log):
 
 
 def markdown(record):
-    """Return what the README shows of a record: what one pool carries, and how fast."""
+    """Return what `docs/capacity.md` shows of a record: what one pool carries, and how fast."""
     loads = [str(c) for c in record["loads"]]
     most, rows, machine = loads[-1], record["rows"], record["runs"][-1]["machine"]
     stock, alone = rows["stock"][most]["peak"], rows["stock"]["1"]["blocks_alone"]
