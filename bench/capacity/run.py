@@ -128,7 +128,7 @@ def serve(mode, folder, prompt, new, pool, most):
                     tokens += len(output.outputs[0].token_ids)
             peak = max(peak, len(scheduler.running))
             first = scheduler.running[0] if concurrency == 1 and scheduler.running else None
-            # behind the prompt's step, when what that one emptied has come back
+            # after the prompt's step, when what that one emptied has come back
             if first is not None and not alone and first.num_computed_tokens > prompt:
                 alone = blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks()
             if len(scheduler.running) == min(concurrency, peak):
@@ -172,7 +172,7 @@ def markdown(record):
         f"One pool of {record['pool_blocks']} blocks of {BLOCK} tokens "
         f"({record['pool_prompts']} prompts of {record['prompt']}), {record['new']} new tokens "
         f"each, sink {SINK}, lag {LAG}, think with half the key channels. *blocks*: held by one "
-        f"request behind its prompt. *peak*: most requests running at once with {most} in flight. "
+        f"request after its prompt. *peak*: most requests running at once with {most} in flight. "
         f"*blocks/formula*: blocks held over those that the counts promise, between steps. "
         f"Commit {', '.join(dict.fromkeys(run['git_sha'][:7] for run in record['runs']))}, "
         f"{machine['cores']} cores of an {machine['cpu']}; stock is `vllm serve` as it is there.",
