@@ -1,9 +1,11 @@
-"""What every benchmark records about its run, and the quantiles all of them report."""
+"""What every benchmark records about its run, and how all of them report and write results."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenprune.demo.machine import describe_machine
@@ -62,6 +64,14 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file in one rename, so nobody sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+    scratch.replace(path)
 
 
 def _git(*words: str) -> str | None:

@@ -28,7 +28,6 @@ METHODS = [(axis, name) for axis in AXES for name in methods(axis)]
 NAMED_ELSEWHERE = {
     "tokenprune/request.py": "the presets",
     "tokenprune/demo/quiz.py": "the demo's choice of rows",
-    "tokenprune/demo/measure.py": "the demo's choice of rows",
     "tokenprune/calibration/methods.py": "the search space of vflowopt",
 }
 # commands that no test runs, by how they begin

@@ -7,6 +7,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ VLLM_ROOMS = ("tokenprune/engine", "tokenprune/vllm_on_cpu")
 VLLM_EXCEPTIONS = {
     "server/endpoints.py": "the endpoint plugin joins vLLM's metrics registry and reads its dtypes",
     "server/routes.py": "our two routes wrap vLLM's own, with vLLM's request models and errors",
+}
+
+# under which names the folders are imported
+PACKAGES = {
+    "bench": "bench",
+    "kernels": "tokenprune.kernels.ops",
+    "server": "tokenprune.server",
+    "tokenprune": "tokenprune",
 }
 
 
@@ -221,6 +230,43 @@ def test_triton_waits_until_a_kernel_runs() -> None:
     assert not any(_is_below(module, frozenset({"triton"})) for module in early)
 
 
+def _parents(module: str, depth: int | None) -> str:
+    return ".".join(module.split(".")[:depth])
+
+
+def _circle(sources: dict[str, str], depth: int | None) -> list[str]:
+    """Return modules that import each other in a circle, or nothing where there is none.
+
+    Args:
+        sources: Source by module.
+        depth: How many parts of a module's name name its room; None keeps modules apart.
+    """
+    arrows: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        room = arrows.setdefault(_parents(module, depth), set())
+        for whole in (name for _, node in _imports(source) for name in _modules(node)):
+            # the last part may be a name in a module
+            found = [name for name in (whole, whole.rpartition(".")[0]) if name in sources]
+            room.update(_parents(name, depth) for name in found[:1])
+        room.discard(_parents(module, depth))
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+@pytest.mark.parametrize("depth", [pytest.param(2, id="rooms"), pytest.param(None, id="modules")])
+def test_imports_make_no_circle(depth: int | None) -> None:
+    sources = {}
+    for path, package in PACKAGES.items():
+        for file in _python_files(path):
+            parts = file.relative_to(ROOT / path).with_suffix("").parts
+            name = ".".join((package, *parts)).removesuffix(".__init__")
+            sources[name] = file.read_text()
+    assert _circle(sources, depth) == []
+
+
 @pytest.mark.parametrize("path", ["tokenprune", "server", "kernels", "tests"])
 def test_imports_are_absolute_and_through_the_package(path: str) -> None:
     files = _python_files(path)
@@ -247,3 +293,18 @@ def test_imports_are_absolute_and_through_the_package(path: str) -> None:
 def test_rules_see_every_way_to_import(source: str, modules: list[str]) -> None:
     rule = Rule("x", never=frozenset({"vllm", "tokenprune.engine"}))
     assert [module for _, module in _violations(source, rule)] == modules
+
+
+@pytest.mark.parametrize(
+    ("back", "depth", "circle"),
+    [
+        pytest.param("", 2, [], id="one-way"),
+        pytest.param("import a.two.z", None, ["a.two.z", "a.one.x", "a.two.z"], id="modules"),
+        pytest.param("from a.two import y", None, [], id="rooms-seen-as-modules"),
+        pytest.param("from a.two.y import f", 2, ["a.two", "a.one", "a.two"], id="rooms"),
+    ],
+)
+def test_circles_are_seen(back: str, depth: int | None, circle: list[str]) -> None:
+    sources = {"a.one.x": back, "a.two.y": "", "a.two.z": "def f():\n    from a.one import x"}
+    found = _circle(sources, depth)
+    assert (len(found), set(found)) == (len(circle), set(circle))

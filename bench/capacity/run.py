@@ -15,17 +15,15 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from textwrap import fill
 
-from bench.common import manifest, table
-from bench.decode_step.run import SWITCHES, VOCAB, save_model
+from bench.capacity.report import BLOCK, LAG, SINK, markdown
+from bench.common import manifest
+from bench.small_llama import SEED, VOCAB, save_model, start
 
-BLOCK, SINK, LAG, SEED = 32, 4, 64, 20
 _THINK = {"pruning_channels_method": "think", "pruning_channels_keep_ratio": 0.5}
 
 
@@ -150,70 +148,6 @@ def serve(mode, folder, prompt, new, pool, most):
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def start(mode, folder, args, pool, log):
-    env = {name: value for name, value in os.environ.items() if name not in SWITCHES[:2]}
-    numbers = [str(n) for n in (args.prompt, args.new, pool, args.most)]
-    command = [sys.executable, "-m", "bench.capacity", "--serve", mode, folder, *numbers]
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env
-    )
-    if child.stdout.readline() != "ready\n":
-        log.seek(0)
-        raise SystemExit(f"the {mode} engine must start, got:\n{log.read()[-3000:]}")
-    return child
-
-
-def markdown(record):
-    """Return what `docs/capacity.md` shows of a record: what one pool carries, and how fast."""
-    loads = [str(c) for c in record["loads"]]
-    most, rows, machine = loads[-1], record["rows"], record["runs"][-1]["machine"]
-    stock, alone = rows["stock"][most]["peak"], rows["stock"]["1"]["blocks_alone"]
-    text = fill(
-        f"One pool of {record['pool_blocks']} blocks of {BLOCK} tokens "
-        f"({record['pool_prompts']} prompts of {record['prompt']}), {record['new']} new tokens "
-        f"each, sink {SINK}, lag {LAG}, think with half the key channels. *blocks*: held by one "
-        f"request after its prompt. *peak*: most requests running at once with {most} in flight. "
-        f"*blocks/formula*: blocks held over those that the counts promise, between steps. "
-        f"Commit {', '.join(dict.fromkeys(run['git_sha'][:7] for run in record['runs']))}, "
-        f"{machine['cores']} cores of an {machine['cpu']}; stock is `vllm serve` as it is there.",
-        79,
-    )
-    held = [
-        [
-            mode,
-            f"{row['1']['blocks_alone']}",
-            f"{row['1']['blocks_alone'] / alone - 1:+.0%}",
-            *(
-                [
-                    f"{full['peak']}",
-                    f"{full['peak'] / stock:.1f}x",
-                    f"{full['preemptions']}",
-                    f"{full['blocks_over_formula']:.3f}",
-                ]
-                if (full := row.get(most))
-                else [""] * 4
-            ),
-        ]
-        for mode, row in rows.items()
-    ]
-    speed = [
-        [
-            mode,
-            *(f"{row[c]['tokens_per_second']:.1f}" if c in row else "" for c in loads),
-        ]
-        for mode, row in rows.items()
-    ]
-    heads = ["engine", "blocks", "to stock", "peak", "to stock", "preempted", "blocks/formula"]
-    return "\n\n".join(
-        [
-            text,
-            table([heads, *held]),
-            "Tokens a second by the number of requests in flight:",
-            table([["engine", *loads], *speed]),
-        ]
-    )
-
-
 def main():
     parser = argparse.ArgumentParser("bench.capacity", description=__doc__)
     parser.add_argument("--prompt", type=int, default=2048)
@@ -247,7 +181,10 @@ def main():
             rows, runs = rows | before["rows"], before["runs"]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         save_model(folder, args.prompt + args.new + BLOCK)
-        children = {mode: start(mode, folder, args, pool, log) for mode in args.modes}
+        numbers = (args.prompt, args.new, pool, args.most)
+        children = {
+            mode: start("bench.capacity", mode, [folder, *numbers], log) for mode in args.modes
+        }
         try:
             for turn, concurrency in enumerate(args.loads):
                 order = args.modes

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,30 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common import manifest
+from bench.small_llama import SEED, save_model, start
 
 MODES = ("v1", "v2-interpreted", "v2-replaced", "tokenprune")
 PRUNE_LAYERS = (2, 3, 5)
 BATCH_SIZES = (1, 4, 16)
-VOCAB, PROMPT_TOKENS, SEED = 32000, 40, 20
-SWITCHES = ("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER", "PYTHONPATH")
-
-
-def save_model(folder, max_positions=2048):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.08,
-        max_position_embeddings=max_positions,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+PROMPT_TOKENS = 40
 
 
 def serve(mode, folder):
@@ -104,18 +85,6 @@ def serve(mode, folder):
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def start(mode, folder, log):
-    env = {name: value for name, value in os.environ.items() if name not in SWITCHES[:2]}
-    command = [sys.executable, "-m", "bench.decode_step", "--serve", mode, folder]
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env
-    )
-    if child.stdout.readline() != "ready\n":
-        log.seek(0)
-        raise SystemExit(f"the {mode} engine must start, got:\n{log.read()[-3000:]}")
-    return child
-
-
 def measure(children, batch, steps):
     answers = {}
     for mode, child in children.items():
@@ -139,7 +108,7 @@ def main():
     wrong = set()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         save_model(folder)
-        children = {mode: start(mode, folder, log) for mode in MODES}
+        children = {mode: start("bench.decode_step", mode, [folder], log) for mode in MODES}
         for round_ in range(args.rounds + 1):
             # round 0 warms up; later ones rotate the order
             order = MODES[round_ % 4 :] + MODES[: round_ % 4]

@@ -15,12 +15,16 @@ from typing import Any
 
 from PIL import Image
 
-from bench.quality.cells import TASKS, Item, Levels, item
-from bench.quality.store import write_whole
+from bench.common import write_whole
+from bench.tasks import documents, questions
+from bench.tasks.held_out import Item, Levels, item
 
 # the task files name these paths, from the repository root
 FOLDER = Path("build/lm_eval")
-FILES = {"pictures.jsonl": "visual", "documents.jsonl": "kv"}
+FILES = {
+    "pictures.jsonl": questions.PICTURE_FAMILIES,
+    "documents.jsonl": documents.TEXT_FAMILIES,
+}
 
 
 def line(asked: Item) -> dict[str, Any]:
@@ -51,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
     levels = Levels(options.picture_level, options.text_level)
-    for name, axis in FILES.items():
-        families = [task.name for task in TASKS.values() if axis in task.axes]
+    for name, families in FILES.items():
         asked = [
             item(families[i % len(families)], i // len(families), options.seed, levels)
             for i in range(options.n)

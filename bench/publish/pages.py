@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.capacity import run as capacity
+from bench.capacity import report as capacity
+from bench.common import write_whole
 from bench.publish import demo_tables
 from bench.publish.equal_work import equal_work
 from bench.publish.methods import figures, parameters
 from bench.publish.models import models
 from bench.publish.quality_tables import committed_block, committed_rows
 from bench.quality.cells import AXES
-from bench.quality.store import write_whole
 from tokenprune.demo.builtin import FOLDER
 from tokenprune.errors import TokenPruneError
 from tokenprune.policies import AXES as POLICY_AXES

@@ -6,13 +6,14 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-from urllib.request import ProxyHandler, build_opener
 
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import AsyncOpenAI
 from PIL import Image
 
-from bench.quality.cells import OFF, TASKS, Cell, Item
+from bench.quality.cells import OFF, Cell
 from bench.quality.store import SERVED, Answers
+from bench.tasks.held_out import TASKS, Item
+from tokenprune.demo.local_server import LocalServer
 from tokenprune.errors import TokenPruneError
 
 MODEL = "quality"
@@ -31,12 +32,9 @@ def messages(item: Item) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": item.text}]}]
 
 
-def engine_shape(url: str) -> dict[str, Any]:
+def engine_shape(server: LocalServer) -> dict[str, Any]:
     """Return layers and boundaries of a served engine."""
-    # a proxy of the environment does not know our loopback
-    opener = build_opener(ProxyHandler({}))
-    with opener.open(f"{url}/v1/pruning/policies", timeout=30) as response:
-        shape: dict[str, Any] = json.load(response)["engine"]
+    shape: dict[str, Any] = json.loads(server.get("/v1/pruning/policies"))["engine"]
     return shape
 
 
@@ -66,7 +64,7 @@ def counted(usage: Mapping[str, Any], cell: Cell, engine: Mapping[str, Any]) -> 
 
 
 def ask_all(
-    url: str,
+    server: LocalServer,
     engine: Mapping[str, Any],
     work: Sequence[tuple[Cell, Item]],
     answers: Answers,
@@ -74,11 +72,11 @@ def ask_all(
     advance: Callable[[Cell], object],
 ) -> None:
     """Ask everything in `work`, storing each answer as it comes."""
-    asyncio.run(_ask_all(url, engine, iter(work), answers, concurrency, advance))
+    asyncio.run(_ask_all(server, engine, iter(work), answers, concurrency, advance))
 
 
 async def _ask_all(
-    url: str,
+    server: LocalServer,
     engine: Mapping[str, Any],
     work: Iterable[tuple[Cell, Item]],
     answers: Answers,
@@ -91,13 +89,7 @@ async def _ask_all(
             answers.add(cell, item.index, SERVED, **await _ask(client, cell, item, engine))
             advance(cell)
 
-    async with AsyncOpenAI(
-        base_url=f"{url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=_TIMEOUT_SECONDS,
-        http_client=DefaultAsyncHttpxClient(trust_env=False),
-    ) as client:
+    async with server.async_client(_TIMEOUT_SECONDS) as client:
         await asyncio.gather(*(ask_some(client) for _ in range(concurrency)))
 
 

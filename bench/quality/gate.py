@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.quality.cells import OFF, Levels
+from bench.common import write_whole
+from bench.quality.cells import OFF
 from bench.quality.report import Row
-from bench.quality.store import write_whole
+from bench.tasks.held_out import Levels
 from tokenprune.errors import TokenPruneError
 
 RECORD = "accuracy.json"

@@ -14,8 +14,9 @@ from PIL import Image
 from transformers.utils import logging
 
 from bench.quality.ask import messages
-from bench.quality.cells import TASKS, Cell, Item
+from bench.quality.cells import Cell
 from bench.quality.store import HF, SERVED, Answers
+from bench.tasks.held_out import TASKS, Item
 from tokenprune.errors import TokenPruneError
 from tokenprune.policies import PlanSkipped, VisualPolicy
 from tokenprune.request import parse_pruning

@@ -7,10 +7,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from bench.quality.cells import KV_PARAMETERS, Levels
+from bench.common import write_whole
+from bench.quality.cells import KV_PARAMETERS
 from bench.quality.report import Row, csv_text, markdown, read_csv, verdict
-from bench.quality.store import write_whole
 from bench.tasks.data import PICTURE_LEVELS, TEXT_LEVELS
+from bench.tasks.held_out import Levels
 from tokenprune.errors import TokenPruneError
 
 TABLE, FIGURES, SUMMARY = "quality.md", "quality.csv", "quality.json"

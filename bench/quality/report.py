@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from math import sqrt
 from typing import Any
 
-from bench.quality.cells import BASELINES, OFF, Cell, Item, is_right
+from bench.quality.cells import BASELINES, OFF, Cell
 from bench.quality.store import HF, SERVED, Answers
+from bench.tasks.held_out import Item, is_right
 
 _Z = 1.959964  # 95 % of a normal distribution lie within
 

@@ -26,19 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.quality import report as quality_report
-from bench.quality.cells import (
-    AXES,
-    HF_AXES,
-    OFF,
-    TASKS,
-    Cell,
-    Item,
-    Levels,
-    all_methods,
-    item,
-    make_cells,
-    tasks_at,
-)
+from bench.quality.cells import AXES, HF_AXES, OFF, Cell, all_methods, make_cells
 from bench.quality.gate import (
     GATE_POINTS,
     QUICK_N,
@@ -53,6 +41,7 @@ from bench.quality.output import summarize, write_results
 from bench.quality.serve import ask_server, bar, server_arguments
 from bench.quality.store import HF, SERVED, Answers, code_hash, model_hash
 from bench.tasks.data import LEVELS
+from bench.tasks.held_out import TASKS, Item, Levels, item, tasks_at
 from tokenprune.demo.builtin import FOLDER
 from tokenprune.errors import TokenPruneError
 from tokenprune.installation import install_command

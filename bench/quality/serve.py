@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.common import manifest
 from bench.quality.ask import MODEL, ask_all, engine_shape
-from bench.quality.cells import Cell, Item
+from bench.quality.cells import Cell
 from bench.quality.store import Answers
+from bench.tasks.held_out import Item
 from tokenprune.demo.local_server import LocalServer
 from tokenprune.errors import TokenPruneError
 
@@ -62,11 +63,11 @@ def ask_server(
             try:
                 console.print("Starting tokenprune serve (up to a minute or two) ...")
                 server.wait_until_ready()
-                engine = engine_shape(server.url)
+                engine = engine_shape(server)
                 run = manifest("bench.quality", seed)
                 answers.start_run({**run, "engine": engine, "concurrency": concurrency})
                 with bar(console, "served", len(work)) as advance:
-                    ask_all(server.url, engine, work, answers, concurrency, advance)
+                    ask_all(server, engine, work, answers, concurrency, advance)
             except (TokenPruneError, OpenAIError, OSError) as error:
                 console.print(server.log_tail(), markup=False, soft_wrap=True)
                 raise TokenPruneError(f"the server must answer, got: {error}") from error

@@ -195,11 +195,3 @@ def _check_header(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file in one rename, so nobody sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-    scratch.replace(path)

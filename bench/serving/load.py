@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import AsyncOpenAI
 from PIL import Image
 
 from tokenprune.demo.local_server import LocalServer
@@ -135,14 +135,7 @@ async def _load(
 ) -> Burst:
     waiting = iter(zip(prompts, fields, strict=True))
     answers: list[Answer] = []
-    # a proxy of the environment does not know our loopback
-    async with AsyncOpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=_TIMEOUT_SECONDS,
-        http_client=DefaultAsyncHttpxClient(trust_env=False),
-    ) as client:
+    async with server.async_client(_TIMEOUT_SECONDS) as client:
 
         async def work() -> None:
             for messages, pruning in waiting:

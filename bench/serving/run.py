@@ -35,8 +35,9 @@ from bench.serving.report import cells_table, ratios, summary, verdicts
 from tokenprune.demo.checkpoint import CheckpointSpec, cached_checkpoint
 from tokenprune.demo.local_server import LocalServer
 from tokenprune.demo.report import kv_pool
+from tokenprune.policies import methods
 
-METHODS = ("transprune", "uniform", "random")
+METHODS = tuple(methods("visual"))
 VARIANTS = ("off", "mixed", *METHODS)
 SEED, NUM_CHECKS = 20, 6
 # 576 visual tokens an image; small, so that a run fits some minutes of two CPU cores

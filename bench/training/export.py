@@ -30,6 +30,7 @@ from bench.training.model import DemoModel, ModelSpec
 from bench.training.recipe import Recipe
 from bench.training.train import show
 from bench.training.trainer import Trainer
+from tokenprune.demo.checkpoint import published_name
 
 MOST_BYTES = 16_000_000
 WEIGHTS, RECORD = "model.safetensors", "accuracy.json"
@@ -39,16 +40,6 @@ _MOST_DIFFERENCE = 1e-3
 
 class ExportError(RuntimeError):
     """The folder cannot be written, or does not give the trained model back."""
-
-
-def published_name(name: str) -> str:
-    """Turn the name of transformers 5 into that of the published LLaVA checkpoints."""
-    name = name.removeprefix("model.")
-    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
-        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    if name.startswith("language_model."):
-        return name.replace("language_model.", "language_model.model.", 1)
-    return f"language_model.{name}" if name.startswith("lm_head.") else name
 
 
 def build_processor() -> Any:

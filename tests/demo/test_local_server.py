@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +70,42 @@ def test_children_of_a_server_that_died_are_stopped(tmp_path: Path) -> None:
     while stat.exists() and stat.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the child still runs"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def pages() -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps({"object": "list", "data": []}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_a_proxy_of_the_environment_is_not_asked(
+    pages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = LocalServer(None, [], tmp_path / "log")
+    server.url = pages
+
+    async def ask() -> None:
+        async with server.async_client(10) as client:
+            await client.models.list()
+
+    with server.client(10) as client:
+        assert client.models.list().data == []
+    asyncio.run(ask())
+    assert json.loads(server.get("/"))["data"] == []

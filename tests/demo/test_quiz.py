@@ -16,6 +16,7 @@ from rich.console import Console
 
 from tests.demo.figures import KEPT, quiz_rows
 from tokenprune.demo import quiz
+from tokenprune.demo.local_server import LocalServer
 from tokenprune.demo.quiz import METHODS, Question, QuizRow, ask_questions, load_questions
 from tokenprune.demo.quiz_report import example, quiz_table, quiz_verdict
 from tokenprune.demo.report import WIDTH
@@ -98,13 +99,13 @@ def test_example_is_the_first_that_pruning_got_wrong() -> None:
     assert example(questions, rows)[0] == "a.png: which 0?"
 
 
-class Service:
+class Service(LocalServer):
     """Answers each question with its own text; the metrics page says how long its method is."""
 
-    url: str
     applies: str | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        super().__init__(None, [], log)
         self.asked: list[dict[str, Any]] = []
         self.running = self.most_running = 0
         self.lock = threading.Lock()
@@ -138,8 +139,8 @@ class Service:
 
 
 @pytest.fixture
-def service() -> Iterator[Any]:
-    made = Service()
+def service(tmp_path: Path) -> Iterator[Any]:
+    made = Service(tmp_path / "log")
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -349,7 +349,7 @@ def _weights(spec: CheckpointSpec, config: Any) -> dict[str, Tensor]:
     dtype = getattr(torch, spec.dtype)
     weights = {}
     for name, shape in ((name, tensor.shape) for name, tensor in model.state_dict().items()):
-        published = _published_name(name)
+        published = published_name(name)
         # a seed per tensor: a deeper or wider model keeps the tensors it shares with a smaller one
         seed = hashlib.sha256(f"{spec.seed}/{published}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
@@ -361,7 +361,7 @@ def _weights(spec: CheckpointSpec, config: Any) -> dict[str, Tensor]:
     return weights
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     """Turn the name of transformers 5 into that of the published LLaVA checkpoints."""
     name = name.removeprefix("model.")
     if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.request import ProxyHandler, build_opener
+
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 
 from tokenprune.demo.report import Samples, parse_samples
 from tokenprune.errors import TokenPruneError
@@ -42,7 +45,6 @@ class LocalServer:
             *("--host", "127.0.0.1", "--port", str(port), *arguments),
         ]
         self._process: subprocess.Popen[bytes] | None = None
-        # a proxy of the environment does not know our loopback
         self._opener = build_opener(ProxyHandler({}))
 
     def __enter__(self) -> LocalServer:
@@ -93,7 +95,7 @@ class LocalServer:
             if self._process is None or self._process.poll() is not None:
                 raise TokenPruneError("the server ended before it was ready; its log says why")
             try:
-                self._get("/health")
+                self.get("/health")
             except OSError:
                 time.sleep(0.25)
             else:
@@ -104,16 +106,36 @@ class LocalServer:
 
     def metrics(self) -> Samples:
         """Return every sample of the server's metrics page."""
-        return parse_samples(self._get("/metrics"))
+        return parse_samples(self.get("/metrics"))
 
     def log_tail(self, num_lines: int = 25) -> str:
         """Return the last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-num_lines:])
 
-    def _get(self, path: str) -> str:
+    def client(self, timeout_seconds: float) -> OpenAI:
+        """Return a client of this server that never asks twice."""
+        # a proxy of the environment does not know our loopback, here and below
+        http_client = DefaultHttpxClient(trust_env=False)
+        return OpenAI(http_client=http_client, **self._options(timeout_seconds))
+
+    def async_client(self, timeout_seconds: float) -> AsyncOpenAI:
+        """Return what `client` does, for many requests at a time."""
+        http_client = DefaultAsyncHttpxClient(trust_env=False)
+        return AsyncOpenAI(http_client=http_client, **self._options(timeout_seconds))
+
+    def get(self, path: str) -> str:
+        """Return the body of one of the server's pages."""
         with self._opener.open(self.url + path, timeout=_ANSWER_TIMEOUT_SECONDS) as response:
             body: bytes = response.read()
         return body.decode()
+
+    def _options(self, timeout_seconds: float) -> dict[str, Any]:
+        return {
+            "base_url": f"{self.url}/v1",
+            "api_key": "none",
+            "max_retries": 0,
+            "timeout": timeout_seconds,
+        }
 
 
 def _free_port() -> int:

@@ -19,18 +19,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from openai import DefaultHttpxClient, OpenAI
+from openai import OpenAI
 from PIL import Image, ImageOps
 
 from tokenprune.demo.local_server import LocalServer
 from tokenprune.demo.report import SpeedRow, kv_pool
 from tokenprune.errors import TokenPruneError
 from tokenprune.installation import install_command
+from tokenprune.policies import methods
 
 MODEL = "demo"
 QUESTION = "What do these four pictures have in common?"
 OFF = "off"
-METHODS = ("random", "uniform", "transprune", "vflowopt")
+# baselines first, then what is compared with them
+METHODS = tuple(sorted(methods("visual"), key=lambda name: not methods("visual")[name].is_baseline))
 NUM_ROUNDS = 5
 NUM_OUTPUT_TOKENS = 32
 NUM_REQUESTS = (len(METHODS) + 1) * (NUM_ROUNDS + 1)
@@ -70,7 +72,7 @@ def prompt_content(pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
 
 
 def pruning_fields(
-    keep_ratio: float, seed: int = 0, methods: Sequence[str] = METHODS
+    keep_ratio: float, seed: int = 0, names: Sequence[str] = METHODS
 ) -> PruningFields:
     """Return the `pruning` field per row of the table; the unpruned row comes first.
 
@@ -78,11 +80,11 @@ def pruning_fields(
         keep_ratio: Share of the visual tokens that survives the last cut; of vflowopt's the mean
             over the layers.
         seed: Seed of the random choice.
-        methods: Rows besides the unpruned one.
+        names: Methods of the rows besides the unpruned one.
     """
     fields: PruningFields = {OFF: OFF}
-    for method in methods:
-        draw = {"seed": seed} if method == "random" else {}
+    for method in names:
+        draw = {"seed": seed} if "seed" in methods("visual")[method].model_fields else {}
         fields[method] = {"visual": {"method": method, "keep_ratio": keep_ratio, **draw}}
     return fields
 
@@ -110,14 +112,7 @@ def measure(
         TokenPruneError: An answer says that the method was not applied.
     """
     rows = [SpeedRow(name) for name in fields]
-    # a proxy of the environment does not know our loopback
-    with OpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=_TIMEOUT_SECONDS,
-        http_client=DefaultHttpxClient(trust_env=False),
-    ) as client:
+    with server.client(_TIMEOUT_SECONDS) as client:
 
         def ask(row: SpeedRow, each_chunk: Callable[[], None] | None = None) -> tuple[float, float]:
             ttft, rate, row.usage = _ask(client, content, fields[row.method], each_chunk)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import AsyncOpenAI
 
-from tokenprune.demo import builtin
+from tokenprune.demo import builtin, measure
 from tokenprune.demo.local_server import LocalServer
 from tokenprune.demo.measure import PruningField, PruningFields, check_applied, pruning_fields
 from tokenprune.demo.report import Row, kv_pool
@@ -32,7 +32,7 @@ from tokenprune.errors import InstallationError
 FOLDER = Path(__file__).parent / "pictures"
 INDEX = "questions.json"
 # vflowopt is left to the second part: its published parameters are those of another vision tower
-METHODS = ("random", "uniform", "transprune")
+METHODS = tuple(method for method in measure.METHODS if method != "vflowopt")
 CONCURRENCY = 4
 
 _MOST_ANSWER_TOKENS = 16
@@ -150,14 +150,7 @@ async def _ask_questions(
     fields = [pruning_fields(keep_ratio, seed, METHODS) for seed in range(len(questions))]
     rows = [QuizRow(method, answers=[""] * len(questions)) for method in fields[0]]
     longest = max(questions, key=lambda question: len(question.pictures))
-    # a proxy of the environment does not know our loopback
-    async with AsyncOpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=_TIMEOUT_SECONDS,
-        http_client=DefaultAsyncHttpxClient(trust_env=False),
-    ) as client:
+    async with server.async_client(_TIMEOUT_SECONDS) as client:
         for row in rows:
             # also the warm-up
             pruning = fields[0][row.method]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bench.lm_eval import make_data
-from bench.quality.cells import is_right
+from bench.tasks.held_out import is_right
 from tokenprune.demo.local_server import LocalServer
 
 pytestmark = pytest.mark.vllm

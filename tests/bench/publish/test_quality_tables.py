@@ -11,10 +11,11 @@ import pytest
 
 from bench.publish.quality_tables import block, committed_block
 from bench.quality import output as quality_output
-from bench.quality.cells import AXES, Levels
+from bench.quality.cells import AXES
 from bench.quality.output import FIGURES, SUMMARY, read_results, summarize, write_results
 from bench.quality.report import Row, csv_text, read_csv, verdict, with_pools
 from bench.quality.store import model_hash
+from bench.tasks.held_out import Levels
 from tokenprune.errors import TokenPruneError
 from tokenprune.policies import methods
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from bench.quality.cells import TASKS
 from bench.quality.gate import GATE_POINTS, RECORD
 from bench.quality.output import FIGURES
+from bench.tasks.held_out import TASKS
 from tokenprune.demo.builtin import FOLDER
 
 pytestmark = pytest.mark.vllm

@@ -11,23 +11,16 @@ from typing import Any
 
 import pytest
 
+from bench.common import write_whole
 from bench.lm_eval import make_data, pictures
 from bench.quality import ask as quality_ask
 from bench.quality import gate as quality_gate
-from bench.quality.cells import (
-    TASKS,
-    Cell,
-    Levels,
-    all_methods,
-    is_right,
-    item,
-    make_cells,
-    tasks_at,
-)
+from bench.quality.cells import Cell, all_methods, axes_of, make_cells
 from bench.quality.hf import greedy
 from bench.quality.plot import draw, pareto
 from bench.quality.report import Row, csv_text, make_rows, markdown, pooled, wilson, wins
-from bench.quality.store import HF, SERVED, Answers, model_hash, write_whole
+from bench.quality.store import HF, SERVED, Answers, model_hash
+from bench.tasks.held_out import TASKS, Levels, is_right, item, tasks_at
 from tokenprune.errors import TokenPruneError
 from tokenprune.request import parse_pruning
 
@@ -87,7 +80,7 @@ def test_a_question_depends_on_its_number_alone_and_fits_its_room(task: str) -> 
     others = [item(task, 4, 0, EASY), item(task, 3, 1, EASY)]
     assert first.digest not in {other.digest for other in others}
     assert len(encode(f" {first.answer}")) < TASKS[task].max_tokens
-    assert bool(first.pictures) == ("visual" in TASKS[task].axes)
+    assert bool(first.pictures) == ("visual" in axes_of(task))
 
 
 def test_two_pictures_are_told_apart_in_the_question() -> None:
