@@ -8,7 +8,7 @@ help:
 	@echo "make demo    set up what is missing, then serve a small model and show what pruning saves"
 	@echo "make test    set up what is missing, then check style and types and run the tests"
 	@echo "make quality set up what is missing, then measure accuracy with and without pruning and"
-	@echo "             update the README; half an hour on two cores, goes on where it stopped"
+	@echo "             update the pages; half an hour on two cores, goes on where it stopped"
 	@echo "             (ARGS=\"-n 100 --out FOLDER\" passes arguments on)"
 	@echo "make setup   build .venv only (PYTHON=python3.12 names another interpreter)"
 	@echo "make lint    ruff and mypy"

@@ -50,7 +50,7 @@ def test_help_explains_ours_and_points_to_vllm() -> None:
     code, output = run("serve", "--help")
     assert code == 0
     assert "--prune-layers" in output
-    assert "vllm serve --help" in output
+    assert "tokenprune serve --vllm-help" in output
     assert "Without MODEL" in output
 
 

@@ -180,6 +180,21 @@ def test_room_imports_only_what_it_may(rule: Rule) -> None:
     assert found == []
 
 
+def _says(rule: Rule) -> str:
+    if rule.only is None:
+        return "all but " + ", ".join(f"`{module}`" for module in sorted(rule.never))
+    return ", ".join(f"`{module}`" for module in sorted(rule.only)) or "nothing"
+
+
+def test_the_table_of_rooms_says_the_same() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page.partition("## Rooms")[2].partition("\n\n`tokenprune/cli.py`")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    assert [(path, imports) for path, _, imports in rows] == [
+        (f"`{rule.path}`", _says(rule)) for rule in RULES
+    ]
+
+
 def test_only_two_rooms_know_vllm() -> None:
     files = [*_python_files("tokenprune"), *_python_files("server"), *_python_files("kernels")]
     knowing = {

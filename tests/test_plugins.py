@@ -1,13 +1,17 @@
 """Methods of other packages: found by entry point, named and refused where they do not load."""
 
+import io
 import os
+import re
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from tokenprune.demo.checkpoint import build_checkpoint
 from tokenprune.demo.local_server import LocalServer
@@ -99,7 +103,7 @@ def test_a_plugin_that_does_not_load_is_named_and_refused_at_start(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """`tokenprune serve` where pip has installed the example."""
+    """`tokenprune serve` with the example that pip has installed, and that of CONTRIBUTING."""
     folder = tmp_path_factory.mktemp("plugin")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     # from a copy: a build leaves files beside its source
@@ -109,6 +113,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
         if file.is_file():
             (source / file.name).write_text(file.read_text())
     subprocess.run([*pip, "--target", str(folder / "site"), str(source)], check=True, timeout=300)
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    package(folder / "site", "first", re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)[0])
     model = folder / "model"
     build_checkpoint(model)
     arguments = [
@@ -168,3 +174,26 @@ def test_the_example_package_is_installed_and_served(server: LocalServer) -> Non
     named = {labels for labels in map(str, samples) if "attended" in labels}
     assert any("tokenprune_requests_total" in name for name in named)
     assert any("tokenprune_kv_tokens_total" in name for name in named)
+
+
+@pytest.mark.vllm
+def test_the_contributors_example_is_served(server: LocalServer) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+    url = f"data:image/png;base64,{b64encode(picture.getvalue()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 4,
+        "pruning": {"visual": {"method": "first", "keep_ratio": 0.25}},
+    }
+    with httpx.Client(trust_env=False, timeout=120) as client:
+        answer = client.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]["pruning"]
+    assert usage["applied"]["visual"] == "first"
+    assert usage["visual_tokens_kept"][-1] == usage["visual_tokens"] // 4

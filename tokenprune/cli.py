@@ -91,6 +91,14 @@ def _read_presets(path: Path | None) -> dict[str, Any]:
         raise typer.BadParameter(str(error), param_hint="--pruning-presets") from None
 
 
+def _show_vllm_help(wanted: bool) -> None:
+    if wanted:
+        from tokenprune.engine.launch import show_vllm_help
+
+        show_vllm_help()
+        raise typer.Exit
+
+
 def _builtin_model() -> DefaultModel:
     from tokenprune.demo import builtin
     from tokenprune.engine.default_model import DefaultModel
@@ -105,7 +113,7 @@ def _builtin_model() -> DefaultModel:
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[MODEL] [OPTIONS]",
-    epilog="All other arguments go to vLLM as they are; see: vllm serve --help",
+    epilog="All other arguments go to vLLM as they are; see: tokenprune serve --vllm-help",
 )
 def serve(
     context: typer.Context,
@@ -147,6 +155,15 @@ def serve(
             "of serving as vllm serve does.",
         ),
     ] = False,
+    vllm_help: Annotated[
+        bool,
+        typer.Option(
+            "--vllm-help",
+            callback=_show_vllm_help,
+            is_eager=True,
+            help="Show the arguments that go to vLLM and exit.",
+        ),
+    ] = False,
 ) -> None:
     """Serve MODEL over the OpenAI API, as vllm serve does, with per-request pruning.
 
@@ -166,7 +183,7 @@ def serve(
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     options_metavar="[MODEL] [OPTIONS]",
-    epilog="All other arguments go to vLLM as they are; see: vllm serve --help",
+    epilog="All other arguments go to vLLM as they are; see: tokenprune serve --vllm-help",
 )
 def calibrate(
     context: typer.Context,

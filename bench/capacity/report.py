@@ -9,7 +9,7 @@ BLOCK, SINK, LAG = 32, 4, 64
 
 
 def markdown(record):
-    """Return what the README shows of a record: what one pool carries, and how fast."""
+    """Return what `docs/capacity.md` shows of a record: what one pool carries, and how fast."""
     loads = [str(c) for c in record["loads"]]
     most, rows, machine = loads[-1], record["rows"], record["runs"][-1]["machine"]
     stock, alone = rows["stock"][most]["peak"], rows["stock"]["1"]["blocks_alone"]
@@ -17,7 +17,7 @@ def markdown(record):
         f"One pool of {record['pool_blocks']} blocks of {BLOCK} tokens "
         f"({record['pool_prompts']} prompts of {record['prompt']}), {record['new']} new tokens "
         f"each, sink {SINK}, lag {LAG}, think with half the key channels. *blocks*: held by one "
-        f"request behind its prompt. *peak*: most requests running at once with {most} in flight. "
+        f"request after its prompt. *peak*: most requests running at once with {most} in flight. "
         f"*blocks/formula*: blocks held over those that the counts promise, between steps. "
         f"Commit {', '.join(dict.fromkeys(run['git_sha'][:7] for run in record['runs']))}, "
         f"{machine['cores']} cores of an {machine['cpu']}; stock is `vllm serve` as it is there.",

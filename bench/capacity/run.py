@@ -126,7 +126,7 @@ def serve(mode, folder, prompt, new, pool, most):
                     tokens += len(output.outputs[0].token_ids)
             peak = max(peak, len(scheduler.running))
             first = scheduler.running[0] if concurrency == 1 and scheduler.running else None
-            # behind the prompt's step, when what that one emptied has come back
+            # after the prompt's step, when what that one emptied has come back
             if first is not None and not alone and first.num_computed_tokens > prompt:
                 alone = blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks()
             if len(scheduler.running) == min(concurrency, peak):

@@ -2,7 +2,7 @@
 
 import sys
 
-from bench.publish.readme import main
+from bench.publish.pages import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the README shows of a `tokenprune demo --json` record."""
+"""What `docs/capacity.md` shows of a `tokenprune demo --json` record."""
 
 import io
 from collections.abc import Mapping, Sequence

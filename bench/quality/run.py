@@ -2,7 +2,7 @@
 
     python -m bench.quality [--model DIR] [-n 500] [--out DIR] [--quick] [--record]
 
-Without --model it is the built-in model, as in `make quality`, which then updates the README.
+Without --model it is the built-in model, as in `make quality`, which then updates the pages.
 Held-out questions of `bench/tasks` go to `tokenprune serve` over the OpenAI API, greedy and
 several at a time; an answer counts if it matches exactly. `off`, `random` and `uniform` are in
 every table. A sample of each cell is answered again by a transformers loop that drops the same

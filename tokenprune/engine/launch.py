@@ -68,9 +68,17 @@ class EngineOptions:
 def engine_arguments(**options: Any) -> dict[str, Any]:
     """Return keyword arguments that give vLLM's `LLM` or `EngineArgs` the pruning engine.
 
+    With a CPU build of vLLM it also makes this process ready for it, so it must be called before
+    vLLM is imported.
+
     Args:
         options: Those of `EngineOptions`.
+
+    Raises:
+        ConfigurationError: vLLM was imported before, on a CPU.
+        VersionError: vLLM is missing or not a tested version.
     """
+    _prepare_process()
     return {
         "scheduler_cls": SCHEDULER_CLS,
         "worker_cls": WORKER_CLS,
@@ -97,6 +105,17 @@ def serve(
     """
     command = vllm_arguments(arguments, options)
     sys.argv = ["vllm", "serve", *_prepare(command, arguments, default_model)]
+    _run_serve()
+
+
+def show_vllm_help() -> None:
+    """Print all arguments of `vllm serve`, whose own command does not start with CPU builds.
+
+    Raises:
+        VersionError: vLLM is missing or not a tested version.
+    """
+    _prepare_process()
+    sys.argv = ["vllm", "serve", "--help=all"]
     _run_serve()
 
 
@@ -140,16 +159,20 @@ def _prepare(
     default_model: Callable[[], DefaultModel] | None,
 ) -> list[str]:
     """Make this process ready for vLLM, and return its command with the model it lacks."""
-    check_version()
-    if _is_cpu_build():
-        from tokenprune import vllm_on_cpu
-
-        vllm_on_cpu.activate()
+    _prepare_process()
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
     from_file = _config_file(arguments)
     if default_model is None or names_model(arguments, from_file):
         return command
     return [*default_model().before(arguments, from_file), *command]
+
+
+def _prepare_process() -> None:
+    check_version()
+    if _is_cpu_build():
+        from tokenprune import vllm_on_cpu
+
+        vllm_on_cpu.activate()
 
 
 def vllm_arguments(arguments: Sequence[str], options: EngineOptions) -> list[str]:

@@ -110,11 +110,13 @@ class Family:
         name: What people call them.
         architectures: Class names in `config.json`.
         decoders: Types of text model that were compared with an independent implementation.
+        towers: Types of vision tower that can be scored; none unless a family says so.
     """
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     decoders: ClassVar[tuple[str, ...]]
+    towers: ClassVar[tuple[str, ...]] = ()
 
     def visual_unsupported(self, vllm_config: VllmConfig) -> str | None:
         """Return why visual tokens of this model cannot be pruned, or None if they can."""

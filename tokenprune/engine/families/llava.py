@@ -34,6 +34,7 @@ class Llava(Family):
         "LlavaOnevisionForConditionalGeneration",
     )
     decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+    towers: ClassVar[tuple[str, ...]] = tuple(_TOWERS)
 
     def importance_unsupported(self, vllm_config: VllmConfig) -> str | None:
         """Return why the patches of images cannot be scored, or None."""

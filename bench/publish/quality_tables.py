@@ -1,4 +1,4 @@
-"""What the README shows of the committed quality results."""
+"""What `docs/quality.md` shows of the committed quality results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ from bench.quality.report import Row, is_pool, markdown, verdict
 from bench.quality.store import model_hash
 from tokenprune.errors import TokenPruneError
 
-# as the README links to them
-FOLDER = "bench/results/quality"
+# as the page links to them
+FOLDER = "../bench/results/quality"
 _WIDTH = 79
 
 
@@ -29,7 +29,7 @@ def block(rows: Sequence[Row], summary: Mapping[str, Any], folder: str) -> str:
     Args:
         rows: All rows, with those over all tasks of an axis.
         summary: What else is known of the run.
-        folder: Where the results lie, as the README links to them.
+        folder: Where the results lie, as the page links to them.
     """
     parts = [facts(summary)]
     for axis in dict.fromkeys(row.axis for row in rows):
@@ -61,16 +61,29 @@ def by_task(rows: Sequence[Row], ratio: float) -> str:
     return table(lines)
 
 
+def committed_rows(axis: str, model: Path, results: Path) -> Sequence[Row]:
+    """Return the results of an axis.
+
+    Raises:
+        TokenPruneError: They are missing or damaged, or not of this model.
+    """
+    return _committed(axis, model, results)[0]
+
+
 def committed_block(axis: str, model: Path, results: Path) -> str:
     """Return the text that the results of an axis give.
 
     Raises:
         TokenPruneError: They are missing or damaged, or not of this model.
     """
+    return block(*_committed(axis, model, results), f"{FOLDER}/{axis}")
+
+
+def _committed(axis: str, model: Path, results: Path) -> tuple[Sequence[Row], Mapping[str, Any]]:
     rows, summary = read_results(results / axis)
     if (found := summary["model"]) != (wanted := model_hash(model)):
         raise TokenPruneError(
             f"the results in {results / axis} must be of the model in {model}, {wanted[:12]}, "
             f"got those of {found[:12]}; measure again with: make quality"
         )
-    return block(rows, summary, f"{FOLDER}/{axis}")
+    return rows, summary
