@@ -57,7 +57,7 @@ def commands(step, options):
         return [([python, "-m", "pytest", *tests], {})]
     if step == "times":
         few = ["--op", "transition_scores", "--rounds", "2"] if cpu else []
-        command = [python, "-m", "bench.bench_kernels", *few]
+        command = [python, "-m", "bench.ops", *few]
         return [([*command, "--out", str(options.out / "kernels.jsonl")], {})]
     if step == "serve":
         dtype = "float32" if cpu else "bfloat16"

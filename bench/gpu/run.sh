@@ -7,7 +7,7 @@
 # Steps (each has a time limit of its own, `--limit` seconds; give only some to stay below the
 # limit of one call):
 #   kernels  tests/kernels on the GPU
-#   times    bench_kernels
+#   times    bench.ops
 #   eager    vLLM without graphs: off equals stock, pruned equals a float64 loop, blocks return
 #   graphs   the same with CUDA graphs FULL_DECODE_ONLY, and graphs read lengths at one address
 #   serve    bench.serving --quick

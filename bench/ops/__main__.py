@@ -1,11 +1,11 @@
-"""Time the scoring kernels against their torch references, on the shapes of real models.
+"""Time the operators against their torch references, on the shapes of real models.
 
-    python -m bench.bench_kernels [--op NAME] [--dtype bf16] [--rounds 50] [--out FILE]
+    python -m bench.ops [--op NAME] [--dtype bf16] [--rounds 50] [--out FILE]
 
 A case whose result is wrong prints WRONG and no time. Without a GPU the kernels are checked in
-Triton's interpreter on fewer rows, and only the torch form is timed, at full size. On a GPU each
-call starts with a cold L2 cache and includes its wait for the number of visual tokens. GB/s
-counts each input once; the roof is a copy measured in the same run.
+Triton's interpreter on tiny sizes, and only the torch form is timed, at full size. On a GPU each
+call starts with a cold L2 cache and includes its waits for the device. GB/s counts each input
+once, or what is moved; the roof is a copy measured in the same run.
 """
 
 import argparse
@@ -13,58 +13,25 @@ import json
 import os
 import sys
 import time
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench.common import manifest, quantiles
-from tokenprune import kernels
+from bench.ops.cases import BENCHES, SEED, Draw, call_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SEED, TEXT_ROWS, HEAD_DIM = 20, 48, 128
-# n, d, hq, hkv
-MODELS = {
-    "llava-1.5-7b": (640, 4096, 32, 32),
-    "llava-next-7b": (2944, 4096, 32, 32),
-    "qwen2-7b": (1280, 3584, 28, 4),
-    "qwen3-8b": (1280, 4096, 32, 8),
-}
-OPS = ("transition_scores", "instruction_attention", "lag_scores")
-LAG = 128
 
 
-def make_inputs(op, dtype, n, d, hq, hkv):
-    generator = torch.Generator().manual_seed(SEED)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-    position = torch.arange(n, device=DEVICE)
-    visual = (position >= 16) & (position < n - TEXT_ROWS)
-    if op == "lag_scores":
-        tokens = max(2, n // LAG) * LAG
-        keys, values = normal(hkv, tokens, HEAD_DIM), normal(hkv, tokens, HEAD_DIM)
-        return (keys, values), {"sink": 0, "lag": LAG}
-    if op == "transition_scores":
-        return (normal(n, d), normal(n, d), visual), {"scope": "all"}
-    q, k = normal(hq, TEXT_ROWS, HEAD_DIM), normal(hkv, n, HEAD_DIM)
-    return (q, k, position[-TEXT_ROWS:], visual), {"scale": HEAD_DIM**-0.5}
-
-
-def is_right(op, tensors, options):
-    actual = getattr(kernels, op)(*tensors, backend="triton", **options)
-    exact = [x.double() if x.is_floating_point() else x for x in tensors]
-    expected = getattr(kernels, f"{op}_reference")(*exact, **options).float()
-    return torch.allclose(actual, expected, rtol=1e-4, atol=1e-7)
-
-
-def measure(calls, rounds):
+def measure(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Return p10, p50 and p90 of every call in ms; the order rotates from round to round."""
-    samples, names = {name: [] for name in calls}, list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE) if DEVICE == "cuda" else None
     for i in range(-3, rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -74,11 +41,12 @@ def measure(calls, rounds):
     return {name: quantiles(x) for name, x in samples.items()}
 
 
-def time_once(call, flush):
+def time_once(call: Callable[[], Any], flush: torch.Tensor | None) -> float:
+    """Return the milliseconds of one call; writing to `flush` empties the L2 cache before it."""
     if flush is None:
-        start = time.perf_counter()
+        begin = time.perf_counter()
         call()
-        return (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - begin) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
     start.record()
@@ -88,7 +56,7 @@ def time_once(call, flush):
     return start.elapsed_time(end)
 
 
-def copy_bandwidth():
+def copy_bandwidth() -> float:
     """Return the GB/s of a large copy, reads and writes together."""
     source = torch.zeros(1 << (30 if DEVICE == "cuda" else 27), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -96,43 +64,60 @@ def copy_bandwidth():
     return 2 * source.numel() / p50 / 1e6
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="bench.bench_kernels")
-    parser.add_argument("--op", choices=OPS)
+def run_case(op: str, case: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Check one case and time it: `right`, and if it is, times by form and the bytes moved."""
+    checked = call_of(op, case, Draw(DEVICE, dtype), is_tiny=DEVICE == "cpu")
+    if not checked.is_right():
+        return {"right": False}
+    call = call_of(op, case, Draw(DEVICE, dtype))
+    forms = ("triton", "torch") if DEVICE == "cuda" else ("torch",)
+    times = measure({form: call.bound(form) for form in forms}, rounds)
+    return {"right": True, "bytes": call.num_bytes, "p10_p50_p90_ms": times}
+
+
+def show(title: str, found: Mapping[str, Mapping[str, Mapping[str, Any]]], roof: float) -> Table:
+    """Return the table of all cases by operator, at most 80 columns wide."""
+    table = Table("case", "form", title=title, box=None)
+    for heading in ("p10", "p50", "p90", "GB/s", "roof"):
+        table.add_column(heading, justify="right")
+    for op, cases in found.items():
+        table.add_row(op)
+        for case, line in cases.items():
+            if not line["right"]:
+                table.add_row(f"  {case}", "triton", "WRONG")
+                continue
+            for form, points in line["p10_p50_p90_ms"].items():
+                rate = line["bytes"] / points[1] / 1e6
+                columns = [*(f"{x:.3f}" for x in points), f"{rate:.3g}", f"{rate / roof:.0%}"]
+                table.add_row(f"  {case}", form, *columns)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cases that the command line names; return 1 if one of them is wrong."""
+    parser = argparse.ArgumentParser(prog="bench.ops")
+    parser.add_argument("--op", choices=BENCHES)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--out", type=Path, help="append one JSON line per case")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     if DEVICE == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
-    run, roof, all_right = manifest("bench.bench_kernels", SEED), copy_bandwidth(), True
+    run, roof = manifest("bench.ops", SEED), copy_bandwidth()
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for op in [options.op] if options.op else BENCHES:
+        for case in BENCHES[op].sizes:
+            line = run_case(op, case, DTYPES[options.dtype], options.rounds)
+            found.setdefault(op, {})[case] = line
+            if options.out:
+                with options.out.open("a") as file:
+                    names = {"op": op, "case": case, "dtype": options.dtype}
+                    print(json.dumps(run | names | {"roof_gb_per_s": roof} | line), file=file)
     device = run["machine"]["gpu"] or "cpu"
-    title = f"{device}, {arguments.dtype}, times in ms, copy {roof:.0f} GB/s"
-    table = Table("op", "case", "form", "p10", "p50", "p90", "GB/s", "roof", title=title, box=None)
-    for op in [arguments.op] if arguments.op else OPS:
-        for model, (n, *widths) in MODELS.items():
-            dtype = DTYPES[arguments.dtype]
-            tensors, options = make_inputs(op, dtype, n, *widths)
-            checked = make_inputs(op, dtype, n if DEVICE == "cuda" else 150, *widths)
-            all_right &= (right := is_right(op, *checked))
-            line = run | {"op": op, "case": model, "dtype": arguments.dtype, "right": right}
-            if not right:
-                table.add_row(op.split("_")[0], model, "triton", "WRONG")
-            else:
-                forms = ("triton", "torch") if DEVICE == "cuda" else ("torch",)
-                call = partial(getattr(kernels, op), *tensors, **options)
-                times = measure({x: partial(call, backend=x) for x in forms}, arguments.rounds)
-                line |= {"roof_gb_per_s": roof, "p10_p50_p90_ms": times}
-                for form, points in times.items():
-                    rate = sum(x.nbytes for x in tensors) / points[1] / 1e6
-                    columns = [*(f"{x:.3f}" for x in points), f"{rate:.3g}", f"{rate / roof:.0%}"]
-                    table.add_row(op.split("_")[0], model, form, *columns)
-            if arguments.out:
-                with arguments.out.open("a") as file:
-                    print(json.dumps(line), file=file)
-    Console(width=80).print(table)
-    return 0 if all_right else 1
+    title = f"{device}, {options.dtype}, times in ms, copy {roof:.0f} GB/s"
+    Console(width=80).print(show(title, found, roof))
+    return 0 if all(x["right"] for cases in found.values() for x in cases.values()) else 1
 
 
 if __name__ == "__main__":
