@@ -71,7 +71,7 @@ class Objective:
             if pruned.kept is None:
                 raise ConfigurationError(
                     f"every prompt must be one that can be pruned, got {name} served whole; it "
-                    "needs a picture, text behind it, and to fit --max-num-batched-tokens"
+                    "needs a picture, text after it, and to fit --max-num-batched-tokens"
                 )
             cosines.append(cosine(full.hidden, pruned.hidden))
             held = float(self._layers @ np.asarray(pruned.kept)) / float(self._layers.sum())

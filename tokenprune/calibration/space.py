@@ -101,7 +101,7 @@ def place_shares(
 
 
 def _left(shares: Sequence[float], layers: Sequence[int], keep_ratio: float) -> float:
-    """Return the layer-shares that the stages behind `shares` hold together."""
+    """Return the layer-shares that the stages after `shares` hold together."""
     spent = sum(layer * share for layer, share in zip(layers, shares, strict=False))
     return keep_ratio * sum(layers) - spent
 
@@ -109,7 +109,7 @@ def _left(shares: Sequence[float], layers: Sequence[int], keep_ratio: float) -> 
 def _bounds(
     shares: Sequence[float], layers: Sequence[int], keep_ratio: float
 ) -> tuple[float, float]:
-    """Return the least and the most that the stage behind `shares` can hold."""
+    """Return the least and the most that the stage after `shares` can hold."""
     stage, left = len(shares), _left(shares, layers, keep_ratio)
     later = sum(layers[stage + 1 :])
     least = left / (layers[stage] + later)

@@ -100,44 +100,31 @@ class StagedModelState(DefaultModelState):
                 if self.packer is not None:
                     self.packer.persist(input_batch.seq_lens.shape[0])
             work = list(zip(self._groups, batches, strict=True))
-        metadata: dict[str, Any] = {}
-        for groups, batch in work:
-            first = groups[0]
-            only_first = [g if i == first else [] for i, g in enumerate(attn_groups)]
-            built = super().prepare_attn(
+        prepare = super().prepare_attn
+
+        def build(batch: InputBatch, group: int) -> dict[str, Any]:
+            only = [groups if i == group else [] for i, groups in enumerate(attn_groups)]
+            built: dict[str, Any] = prepare(
                 batch,
                 cudagraph_mode,
                 block_tables,
                 slot_mappings,
-                only_first,
+                only,
                 kv_cache_config,
                 for_capture,
                 *args,
                 **kwargs,
             )
+            return built
+
+        metadata: dict[str, Any] = {}
+        for (first, *rest), batch in work:
+            built = build(batch, first)
             metadata.update(built)
-            for group in groups[1:]:
-                derived = _derive(
-                    built,
-                    attn_groups[first],
-                    attn_groups[group],
-                    block_tables[group],
-                    slot_mappings[group],
-                )
-                if derived is None:
-                    only = [g if i == group else [] for i, g in enumerate(attn_groups)]
-                    derived = super().prepare_attn(
-                        batch,
-                        cudagraph_mode,
-                        block_tables,
-                        slot_mappings,
-                        only,
-                        kv_cache_config,
-                        for_capture,
-                        *args,
-                        **kwargs,
-                    )
-                metadata.update(derived)
+            for group in rest:
+                tables, slots = block_tables[group], slot_mappings[group]
+                derived = _derive(built, attn_groups[first], attn_groups[group], tables, slots)
+                metadata.update(build(batch, group) if derived is None else derived)
         return metadata
 
     def _persistent(self, stage: int, batch: InputBatch) -> InputBatch:
