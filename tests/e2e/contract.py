@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.e2e.support import CRAMPED, Engine, abort, drain, preemptions, start, step
-from tests.oracle.asks import COMPARE, DESCRIBE, STORY, TEXT, Ask, channels, kv, visual
+from tests.oracle.asks import COMPARE, DESCRIBE, STORY, TEXT, Ask, channels, kv, vflowopt, visual
 
 Pruning = dict[str, Any] | None
 
@@ -20,7 +20,7 @@ VISUAL_ASKS = [
     Ask(DESCRIBE, (2,), visual("random", 0.5, seed=3)),
     Ask(COMPARE, (1, 2), visual("transprune", 0.25)),
     Ask(COMPARE, (1, 2)),
-    Ask(COMPARE, (2, 1), visual("vflowopt", 0.25, threshold=1.5)),
+    Ask(COMPARE, (2, 1), vflowopt(0.25, threshold=1.5)),
     Ask(DESCRIBE, (2,)),
 ]
 KV_ASKS = [
@@ -122,7 +122,7 @@ VISUAL = Axis(
             visual("random", 0.1, seed=2),
             visual("transprune", 0.25),
             visual("uniform", 0.2, prune_layers=[0, 5]),
-            visual("vflowopt", 0.3, threshold=1.5),
+            vflowopt(0.3, threshold=1.5),
         ],
         max_tokens=12,
         most_steps=2,
@@ -137,7 +137,7 @@ VISUAL = Axis(
         "vflowopt": [
             Ask(DESCRIBE, (seed,), pruning, max_tokens=150)
             for seed in (1, 2, 3)
-            for pruning in (visual("vflowopt", 0.5, threshold=1.5), None)
+            for pruning in (None, vflowopt(0.5, threshold=1.5))
         ],
     },
     repeats_itself=True,

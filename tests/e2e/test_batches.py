@@ -145,12 +145,15 @@ def test_preempted_requests_end_as_if_they_had_run_alone(
     asks = axis.crowds[crowd]
     with preemptions(cramped) as preempted:
         answers = cramped.ask(*asks)
-    assert preempted, "the pool must be too small for all of them"
+    assert any(preempted), "the pool must be too small for all of them, and a pruned one give way"
     assert [len(answer.tokens) for answer in answers] == [ask.max_tokens for ask in asks]
+    alone: dict[int, Answer] = {}
     for ask, answer in zip(asks, answers, strict=True):
         if axis.repeats_itself or ask.pruning is None:
-            (alone,) = cramped.ask(ask)
-            assert answer.agrees_with(alone, 1e-3), ask
+            first = asks.index(ask)
+            if first not in alone:
+                (alone[first],) = cramped.ask(ask)
+            assert answer.agrees_with(alone[first], 1e-3), ask
     assert cramped.is_idle
 
 
