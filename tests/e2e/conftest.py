@@ -29,9 +29,12 @@ def oracle(checkpoint: Path) -> Oracle:
 def running() -> Iterator[dict[str, Engine]]:
     """The engines of the shared checkpoint by their arguments, each started once."""
     engines: dict[str, Engine] = {}
-    yield engines
-    for engine in engines.values():
-        engine.close()
+    with pytest.MonkeyPatch.context() as patch:
+        # an engine that ends would take down the process groups, which it shares with all others
+        patch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)
+        yield engines
+        for engine in engines.values():
+            engine.close()
 
 
 @pytest.fixture(scope="module")

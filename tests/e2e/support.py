@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.oracle.asks import Answer, Ask, image
 from tokenprune.engine.launch import engine_arguments
 
@@ -46,6 +48,10 @@ class Engine:
                 arguments.pop("prune_layers", None),
                 allow_channel_pruning=arguments.pop("allow_channel_pruning", False),
             )
+        # matrices this small lose more to waiting threads than they gain, many times over on a busy
+        # machine; once an engine runs, vLLM refuses another number
+        if torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
         self.llm = LLM(str(checkpoint), **(defaults | arguments))
 
     @property
