@@ -195,7 +195,7 @@ CHANNELS = Axis(
             channels() | kv("streaming"),
         ],
         max_tokens=90,
-        most_steps=3,
+        most_steps=2,
         must_preempt=True,
     ),
     crowds={

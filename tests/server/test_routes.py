@@ -16,6 +16,7 @@ from vllm.entrypoints.openai.completion import api_router as completion_router
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.envs import disable_envs_cache
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 from vllm.sampling_params import SamplingParams
@@ -105,7 +106,9 @@ class FakeServing:
 
 class Server:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: EngineShape, default: Axes) -> None:
-        # the plugin comes in as it does in vLLM: by its entry point
+        # the plugin comes in as it does in vLLM: by its entry point; an engine that this process
+        # started before has made vLLM keep the environment it found
+        disable_envs_cache()
         monkeypatch.setenv("VLLM_PLUGINS", "tokenprune")
         app = FastAPI()
         app.include_router(chat_router.router)
