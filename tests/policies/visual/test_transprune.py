@@ -1,6 +1,7 @@
 """TransPrune: the published schedule, the worked example, and an independent implementation."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,11 @@ def test_top_k_ascend_and_ties_keep_the_lower_index(score, keep, expected):
 
 def test_ties_keep_the_lower_index_beyond_the_small_sizes_of_sort():
     assert top_k(torch.zeros(5000), 700).tolist() == list(range(700))
+
+
+def test_nan_ranks_lowest():
+    assert top_k(torch.tensor([math.nan, -math.inf, 1.0, math.nan]), 3).tolist() == [0, 1, 2]
+    assert top_k(torch.tensor([math.nan, -math.inf, 1.0]), 2).tolist() == [1, 2]
 
 
 # an independent implementation, float64, fed as staged prefill feeds the policy

@@ -160,5 +160,10 @@ def _nearest(boundaries: tuple[int, ...], layer: float) -> int:
 
 
 def top_k(score: Tensor, keep: int) -> Tensor:
-    """Return the indices of the `keep` highest scores, ascending; ties keep the lower index."""
-    return score.sort(descending=True, stable=True).indices[:keep].sort().values
+    """Return the indices of the `keep` highest scores, ascending.
+
+    NaN ranks lowest; ties keep the lower index.
+    """
+    from tokenprune.kernels.ops.ranking import descending_order
+
+    return descending_order(score)[:keep].sort().values
