@@ -16,6 +16,8 @@ from typing import ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from tokenprune.shape import EngineShape
+
 Axis = Literal["visual", "kv", "channels"]
 # bounds of parameters that no model gives a bound: any seed a user would write, and more tokens
 # than any context has
@@ -69,6 +71,20 @@ class Policy(BaseModel, abc.ABC):
     def name(self) -> str:
         """The method's name, which is the one value of its `method` field."""
         return _name(type(self))
+
+    def _check_engine(self, engine: EngineShape) -> None:
+        """Skip the axis where the engine lacks it.
+
+        Raises:
+            PlanSkipped: It does; the message says why.
+        """
+        unsupported = engine.unsupported.get(self.axis)
+        if unsupported is not None:
+            raise PlanSkipped(
+                "model_unsupported",
+                f"pruning.{self.axis} must be left out with this server: {unsupported}",
+                f"pruning.{self.axis}",
+            )
 
 
 def _name(cls: type[Policy]) -> str:

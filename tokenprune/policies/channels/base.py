@@ -172,13 +172,7 @@ class ChannelPolicy(Policy):
                 "--allow-channel-pruning",
                 "pruning.channels",
             )
-        unsupported = engine.unsupported.get("channels")
-        if unsupported is not None:
-            raise PlanSkipped(
-                "model_unsupported",
-                f"pruning.channels must be left out with this server: {unsupported}",
-                "pruning.channels",
-            )
+        super()._check_engine(engine)
 
 
 def rounded(ratio: float, head_size: int) -> int:

@@ -171,25 +171,20 @@ class KVPolicy(Policy):
             PlanSkipped: The context stays too short to evict from, the prompt fits the budget, or
                 the engine cannot evict.
         """
-        unsupported = engine.unsupported.get("kv")
-        if unsupported is not None:
-            raise PlanSkipped(
-                "model_unsupported",
-                f"pruning.kv must be left out with this server: {unsupported}",
-                "pruning.kv",
-            )
+        self._check_engine(engine)
         stages = range(engine.num_stages)
         if lengths is None:
             lengths = PhysicalLengths.unpruned(prompt.num_tokens, engine.num_stages)
+        keep = tuple(self._keep(lengths.written(prompt.num_tokens, stage)) for stage in stages)
+        eviction = Eviction(self.sink, self.lag, keep, self.when == "prompt_end")
         longest = engine.longest_context(prompt.num_tokens, max_tokens)
         if longest is not None and all(
-            lengths.written(longest, stage) < self.sink + 2 * self.lag for stage in stages
+            lengths.written(longest, stage) < eviction.first_cut_at for stage in stages
         ):
             raise PlanSkipped("context_too_short")
-        keep = tuple(self._keep(lengths.written(prompt.num_tokens, stage)) for stage in stages)
         if self.budget_tokens is not None and min(keep) == self.lag:
             raise PlanSkipped("within_budget")
-        return KVPlan(self, Eviction(self.sink, self.lag, keep, self.when == "prompt_end"))
+        return KVPlan(self, eviction)
 
     def _keep(self, num_prompt: int) -> int:
         """Return what is kept of each partition at a stage that holds `num_prompt` tokens."""
