@@ -33,7 +33,7 @@ def equal_work(rows: Mapping[str, Sequence[Row]]) -> str:
             if row.method == OFF or abs(held(row) - held(reference)) <= _NEAR
         ]
         shown.sort(key=lambda row: -row.right / row.n)
-        lines += [_line(axis, row) for row in shown]
+        lines += [row_cells(f"{axis}: {row.method}", row) for row in shown]
     return table(lines)
 
 
@@ -42,10 +42,11 @@ def held(row: Row) -> float:
     return row.kept / row.seen
 
 
-def _line(axis: str, row: Row) -> list[str]:
+def row_cells(title: str, row: Row) -> list[str]:
+    """Return the cells of a row: title, keep ratio, what is held, right answers, 95 % interval."""
     low, high = (f"{100 * bound:.1f}" for bound in row.interval)
     return [
-        f"{axis}: {row.method}",
+        title,
         "" if row.method == OFF else f"{row.keep_ratio:g}",
         f"{100 * held(row):.0f} %",
         f"{100 * row.accuracy:.1f} %",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from bench.common import table
-from bench.publish.equal_work import held
+from bench.publish.equal_work import row_cells
 from bench.quality.cells import OFF
 from bench.quality.report import Row, is_pool
 from tokenprune.policies import Policy
@@ -59,10 +59,5 @@ def figures(name: str, rows: Sequence[Row]) -> str:
     """
     names = (OFF, name, *_ALSO.get(name, ()))
     shown = [row for row in rows if is_pool(row) and row.method in names]
-    lines = [["method", "keep_ratio", "held", "right", "95 %"]]
-    for row in shown:
-        low, high = (f"{100 * bound:.1f}" for bound in row.interval)
-        ratio = "" if row.method == OFF else f"{row.keep_ratio:g}"
-        share = f"{100 * held(row):.0f} %"
-        lines.append([row.method, ratio, share, f"{100 * row.accuracy:.1f} %", f"{low}-{high}"])
-    return table(lines)
+    headings = ["method", "keep_ratio", "held", "right", "95 %"]
+    return table([headings, *(row_cells(row.method, row) for row in shown)])

@@ -19,7 +19,7 @@ from bench.publish import demo_tables
 from bench.publish.equal_work import equal_work
 from bench.publish.methods import figures, parameters
 from bench.publish.models import models
-from bench.publish.quality_tables import committed_block, committed_rows
+from bench.publish.quality_tables import committed
 from bench.quality.cells import AXES
 from tokenprune.demo.builtin import FOLDER
 from tokenprune.errors import TokenPruneError
@@ -36,10 +36,9 @@ def blocks() -> dict[str, dict[str, str]]:
     Raises:
         TokenPruneError: Results are missing or damaged, or not of the built-in model.
     """
-    rows = {axis: committed_rows(axis, FOLDER, RESULTS / "quality") for axis in AXES}
-    quality = {
-        f"quality-{axis}": committed_block(axis, FOLDER, RESULTS / "quality") for axis in AXES
-    }
+    found = {axis: committed(axis, FOLDER, RESULTS / "quality") for axis in AXES}
+    rows = {axis: rows for axis, (rows, _) in found.items()}
+    quality = {f"quality-{axis}": text for axis, (_, text) in found.items()}
     pages = {
         "README.md": {"equal-work": equal_work(rows)},
         "docs/quality.md": quality,

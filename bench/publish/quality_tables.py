@@ -61,29 +61,16 @@ def by_task(rows: Sequence[Row], ratio: float) -> str:
     return table(lines)
 
 
-def committed_rows(axis: str, model: Path, results: Path) -> Sequence[Row]:
-    """Return the results of an axis.
+def committed(axis: str, model: Path, results: Path) -> tuple[Sequence[Row], str]:
+    """Return the results of an axis, and the text that they give.
 
     Raises:
         TokenPruneError: They are missing or damaged, or not of this model.
     """
-    return _committed(axis, model, results)[0]
-
-
-def committed_block(axis: str, model: Path, results: Path) -> str:
-    """Return the text that the results of an axis give.
-
-    Raises:
-        TokenPruneError: They are missing or damaged, or not of this model.
-    """
-    return block(*_committed(axis, model, results), f"{FOLDER}/{axis}")
-
-
-def _committed(axis: str, model: Path, results: Path) -> tuple[Sequence[Row], Mapping[str, Any]]:
     rows, summary = read_results(results / axis)
     if (found := summary["model"]) != (wanted := model_hash(model)):
         raise TokenPruneError(
             f"the results in {results / axis} must be of the model in {model}, {wanted[:12]}, "
             f"got those of {found[:12]}; measure again with: make quality"
         )
-    return rows, summary
+    return rows, block(rows, summary, f"{FOLDER}/{axis}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.publish.quality_tables import block, committed_block
+from bench.publish.quality_tables import block, committed
 from bench.quality import output as quality_output
 from bench.quality.cells import AXES
 from bench.quality.output import FIGURES, SUMMARY, read_results, summarize, write_results
@@ -121,10 +121,10 @@ def test_the_verdict_tells_losses_too() -> None:
 
 def test_results_of_another_model_are_refused(results: Path, model: Path) -> None:
     for axis in AXES:
-        assert f"(../bench/results/quality/{axis}/" in committed_block(axis, model, results)
+        assert f"(../bench/results/quality/{axis}/" in committed(axis, model, results)[1]
     (model / "model.safetensors").write_bytes(b"others")
     with pytest.raises(TokenPruneError, match="must be of the model"):
-        committed_block("visual", model, results)
+        committed("visual", model, results)
 
 
 def drop(folder: Path, name: str) -> None:
