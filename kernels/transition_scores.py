@@ -3,6 +3,9 @@
     m_i = |x_out_i| / |x_in_i|        d_i = cos(x_out_i, x_in_i)
     score_i = m_i * softmax_i(1 - |d_i|)
 
+The softmax needs no largest term, since 1 - |d| is at most 1. So its numerators and its sum can be
+had of any part of the rows, and those of all parts make the scores: see `transition_terms`.
+
 `signed` takes 1 - d instead, `scope="all"` a softmax over every row: together the released code.
 An all-zero input row has m = 0 here; the released code divides 0 by 0. A row whose d is undefined,
 because it holds NaN or infinity, scores 0 and takes no part in the softmax.
@@ -10,8 +13,6 @@ because it holds NaN or infinity, scores 0 and takes no part in the softmax.
 Source: TransPrune, arXiv 2507.20630; code liaolea/TransPrune@c9e8284. The paper is the default.
 The kernel reads each row once and sums in float32; it differs from the reference by rounding only.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ EPS = 1e-8
 SCOPES = ("visual", "all")
 
 
-def transition_scores(
+def transition_terms(
     x_in: Tensor,
     x_out: Tensor,
     visual: Tensor,
@@ -31,8 +32,8 @@ def transition_scores(
     signed: bool = False,
     scope: str = "visual",
     backend: str | None = None,
-) -> Tensor:
-    """Score the visual tokens by the transition of one sub-module.
+) -> tuple[Tensor, Tensor]:
+    """Return numerators and denominator of the scores, of some rows of a sub-module.
 
     Args:
         x_in: `[n, d]` input of the sub-module, after its norm; any float dtype, any strides.
@@ -43,23 +44,54 @@ def transition_scores(
         backend: `torch`, `triton` (CUDA, or the interpreter), or None to choose by device.
 
     Returns:
-        `[n_visual]` float32 in the order of the rows; empty without visual tokens.
+        `[n_visual]` float32 in the order of the rows, empty without visual tokens; and `[]`
+        float32, 0 where no row is defined. Divided by the sum of the second over all parts, the
+        first are the scores.
 
     Raises:
         ValueError: A shape, dtype, device or name is not as above.
     """
     _check(x_in, x_out, visual, scope)
     if choose_backend(backend, x_in.device) == "torch":
-        return transition_scores_reference(x_in, x_out, visual, signed=signed, scope=scope).float()
-    from tokenprune.kernels.ops.triton.transition_scores import transition_scores_triton
+        weighted, total = transition_terms_reference(
+            x_in, x_out, visual, signed=signed, scope=scope
+        )
+        return weighted.float(), total.float()
+    from tokenprune.kernels.ops.triton.transition_scores import transition_terms_triton
 
-    return transition_scores_triton(x_in, x_out, visual, signed=signed, scope=scope)
+    return transition_terms_triton(x_in, x_out, visual, signed=signed, scope=scope)
 
 
-def transition_scores_reference(
-    x_in: Tensor, x_out: Tensor, visual: Tensor, *, signed: bool = False, scope: str = "visual"
+def transition_scores(
+    x_in: Tensor,
+    x_out: Tensor,
+    visual: Tensor,
+    *,
+    signed: bool = False,
+    scope: str = "visual",
+    backend: str | None = None,
 ) -> Tensor:
-    """Compute `transition_scores` in torch: in float32, or in float64 for float64 inputs."""
+    """Score the visual tokens by the transition of one sub-module, all rows given.
+
+    Arguments and errors are those of `transition_terms`.
+
+    Returns:
+        `[n_visual]` float32 in the order of the rows; empty without visual tokens.
+    """
+    return quotient(
+        *transition_terms(x_in, x_out, visual, signed=signed, scope=scope, backend=backend)
+    )
+
+
+def quotient(weighted: Tensor, total: Tensor) -> Tensor:
+    """Return the scores of `transition_terms`; zeros where no row is defined."""
+    return weighted / torch.where(total > 0, total, 1.0)
+
+
+def transition_terms_reference(
+    x_in: Tensor, x_out: Tensor, visual: Tensor, *, signed: bool = False, scope: str = "visual"
+) -> tuple[Tensor, Tensor]:
+    """Compute `transition_terms` in torch: in float32, or in float64 for float64 inputs."""
     if scope == "visual":
         x_in, x_out, visual = x_in[visual], x_out[visual], visual[visual]
     dtype = torch.promote_types(torch.promote_types(x_in.dtype, x_out.dtype), torch.float32)
@@ -69,10 +101,18 @@ def transition_scores_reference(
     norm_out = torch.linalg.vector_norm(x_out, dim=-1)
     cosine = (x_in * x_out).sum(-1) / (norm_in.clamp_min(EPS) * norm_out.clamp_min(EPS))
     magnitude = torch.where(norm_in > 0, norm_out / norm_in, 0.0)
-    direction = 1 - (cosine if signed else cosine.abs())
-    undefined = direction.isnan()
-    weight = torch.softmax(direction.masked_fill(undefined, -math.inf), dim=0)
-    return (weight * magnitude).masked_fill(undefined, 0.0)[visual]
+    # the direction less its largest value
+    exponent = -1 - cosine if signed else -cosine.abs()
+    undefined = exponent.isnan()
+    weight = exponent.exp().masked_fill(undefined, 0.0)
+    return (weight * magnitude).masked_fill(undefined, 0.0)[visual], weight.sum()
+
+
+def transition_scores_reference(
+    x_in: Tensor, x_out: Tensor, visual: Tensor, *, signed: bool = False, scope: str = "visual"
+) -> Tensor:
+    """Compute `transition_scores` in torch: in float32, or in float64 for float64 inputs."""
+    return quotient(*transition_terms_reference(x_in, x_out, visual, signed=signed, scope=scope))
 
 
 def _check(x_in: Tensor, x_out: Tensor, visual: Tensor, scope: str) -> None:

@@ -1,4 +1,4 @@
-"""The kernels of transition_scores: each row is read once, then all are normalised."""
+"""The kernel of transition_terms: each row is read once."""
 
 import torch
 import triton
@@ -8,21 +8,21 @@ from torch import Tensor
 from tokenprune.kernels.ops.backend import ceil_div, device_guard, next_power_of_2
 
 
-def transition_scores_triton(
+def transition_terms_triton(
     x_in: Tensor, x_out: Tensor, visual: Tensor, *, signed: bool, scope: str
-) -> Tensor:
-    """Compute `transition_scores` with Triton; arguments and result are its own."""
+) -> tuple[Tensor, Tensor]:
+    """Compute `transition_terms` with Triton; arguments and result are its own."""
     n, d = x_in.shape
     block_d = min(next_power_of_2(d), 8192)
     # wide rows get a program each, narrow ones share it
     block_n = min(max(4096 // block_d, 1), 16)
     num_partials = ceil_div(n, block_n)
-    weights = torch.empty(n, dtype=torch.float32, device=x_in.device)
+    weighted = torch.empty(n, dtype=torch.float32, device=x_in.device)
     partials = torch.empty(num_partials, dtype=torch.float32, device=x_in.device)
     with device_guard(x_in):
-        stats_kernel[(num_partials,)](
+        terms_kernel[(num_partials,)](
             *(x_in, x_out, visual.contiguous()),  # inputs
-            *(weights, partials),  # outputs
+            *(weighted, partials),  # outputs
             *(n, d, *x_in.stride(), *x_out.stride()),
             SIGNED=signed,
             ALL_ROWS=scope == "all",
@@ -30,24 +30,16 @@ def transition_scores_triton(
             BLOCK_D=block_d,
             num_warps=8 if block_d >= 4096 else 4,
         )
-        # waits for the stream, so it comes after the launch that reads the large tensors
-        rows = visual.nonzero().squeeze(1)
-        scores = torch.empty(len(rows), dtype=torch.float32, device=x_in.device)
-        normalise_kernel[(ceil_div(len(rows), 256),)](
-            *(weights, partials, rows),  # inputs
-            scores,  # output
-            *(len(rows), num_partials),
-            BLOCK=256,
-        )
-    return scores
+        # the mask waits for the stream, so it comes after the launch that reads the large tensors
+        return weighted[visual], partials.sum()
 
 
 @triton.jit
-def stats_kernel(
+def terms_kernel(
     x_in_ptr,
     x_out_ptr,
     visual_ptr,
-    weights_ptr,
+    weighted_ptr,
     partials_ptr,
     n,
     d,
@@ -60,7 +52,7 @@ def stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the unnormalised scores of a tile of rows, and the sum of their softmax terms."""
+    """Write the numerators of a tile of rows, and the sum of their softmax terms."""
     tile = tl.program_id(0).to(tl.int64)
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_scope = rows < n
@@ -91,31 +83,6 @@ def stats_kernel(
     is_defined = in_scope & (exponent == exponent)
     weight = tl.where(is_defined, tl.exp(exponent), 0.0)
     # 0 by infinity is NaN, so the product is masked as well
-    score = tl.where(is_defined, weight * magnitude, 0.0)
-    tl.store(weights_ptr + rows, score, mask=rows < n)
+    weighted = tl.where(is_defined, weight * magnitude, 0.0)
+    tl.store(weighted_ptr + rows, weighted, mask=rows < n)
     tl.store(partials_ptr + tile, tl.sum(weight, axis=0))
-
-
-@triton.jit
-def normalise_kernel(
-    weights_ptr,
-    partials_ptr,
-    rows_ptr,
-    scores_ptr,
-    num_visual,
-    num_partials,
-    BLOCK: tl.constexpr,
-):
-    """Write the scores of a tile of visual tokens."""
-    # every program adds the same few partial sums in the same order: deterministic, one launch
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_partials, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(partials_ptr + at, mask=at < num_partials, other=0.0)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(rows_ptr + at, mask=at < num_visual, other=0)
-    weight = tl.load(weights_ptr + rows, mask=at < num_visual, other=0.0)
-    # without a defined row all weights are zero
-    whole = tl.sum(total, axis=0)
-    score = weight / tl.where(whole > 0, whole, 1.0)
-    tl.store(scores_ptr + at, score, mask=at < num_visual)

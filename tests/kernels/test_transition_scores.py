@@ -4,7 +4,7 @@ import operator
 import pytest
 import torch
 
-from tokenprune.kernels import transition_scores, transition_scores_reference
+from tokenprune.kernels import transition_scores, transition_scores_reference, transition_terms
 
 FORMS = [
     pytest.param({"signed": signed, "scope": scope}, id=f"{name}-{scope}")
@@ -203,3 +203,20 @@ X, V = torch.ones(7, 4), torch.ones(7, dtype=torch.bool)
 def test_bad_input_is_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         transition_scores(*arguments, **options)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", [1, 7, 40])
+def test_terms_of_any_parts_make_the_scores_of_all_rows(
+    make_pair, make_mask, assert_matches, backend, form, part
+):
+    x_in, x_out = make_pair(40, 30)
+    visual = make_mask("mixed", 40).to(x_in.device)
+    parts = [
+        transition_terms(*rows, backend=backend, **form)
+        for rows in zip(x_in.split(part), x_out.split(part), visual.split(part), strict=True)
+    ]
+    weighted, totals = zip(*parts, strict=True)
+    expected = transition_scores(x_in, x_out, visual, backend=backend, **form)
+    assert_matches(torch.cat(weighted) / sum(totals), expected)

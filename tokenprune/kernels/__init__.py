@@ -27,6 +27,8 @@ from tokenprune.kernels.ops.recycle import recycle, recycle_reference
 from tokenprune.kernels.ops.transition_scores import (
     transition_scores,
     transition_scores_reference,
+    transition_terms,
+    transition_terms_reference,
 )
 
 __all__ = [
@@ -53,4 +55,6 @@ __all__ = [
     "recycle_reference",
     "transition_scores",
     "transition_scores_reference",
+    "transition_terms",
+    "transition_terms_reference",
 ]
