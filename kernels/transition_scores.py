@@ -78,12 +78,12 @@ def transition_scores(
     Returns:
         `[n_visual]` float32 in the order of the rows; empty without visual tokens.
     """
-    return quotient(
+    return _quotient(
         *transition_terms(x_in, x_out, visual, signed=signed, scope=scope, backend=backend)
     )
 
 
-def quotient(weighted: Tensor, total: Tensor) -> Tensor:
+def _quotient(weighted: Tensor, total: Tensor) -> Tensor:
     """Return the scores of `transition_terms`; zeros where no row is defined."""
     return weighted / torch.where(total > 0, total, 1.0)
 
@@ -112,7 +112,7 @@ def transition_scores_reference(
     x_in: Tensor, x_out: Tensor, visual: Tensor, *, signed: bool = False, scope: str = "visual"
 ) -> Tensor:
     """Compute `transition_scores` in torch: in float32, or in float64 for float64 inputs."""
-    return quotient(*transition_terms_reference(x_in, x_out, visual, signed=signed, scope=scope))
+    return _quotient(*transition_terms_reference(x_in, x_out, visual, signed=signed, scope=scope))
 
 
 def _check(x_in: Tensor, x_out: Tensor, visual: Tensor, scope: str) -> None:

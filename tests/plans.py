@@ -32,7 +32,9 @@ def plan_of(lengths, *, visual=True, kv=None, channels=None):
     part = None
     if visual and is_counted(lengths):
         kept = tuple(-d.count for d in lengths.dropped)
-        part = AfterPrompt(TransPrune(), (), kept, PromptLayout(lengths.num_prompt_tokens))
+        prompt = PromptLayout(lengths.num_prompt_tokens)
+        waiting = 0 if lengths.first_waiting is None else prompt.num_tokens
+        part = AfterPrompt(TransPrune(), (), kept, prompt, waiting)
     elif visual:
         positions = tuple(range(lengths.num_prompt_tokens))
         ranks = tuple(tuple(sorted(set(positions) - set(d.positions))) for d in lengths.dropped)

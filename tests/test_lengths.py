@@ -99,11 +99,14 @@ def test_no_stage_holds_more_than_the_stage_before_nor_less_than_the_text(case, 
 
 @PROPERTY
 @given(counted_plans())
-def test_a_counted_plan_takes_effect_when_the_prompt_is_complete(case):
+def test_a_stage_of_a_counted_plan_waits_for_the_prompt_if_it_drops_any(case):
     layout, lengths = case
     end = layout.num_tokens
+    waiting = [stage for stage, dropped in enumerate(lengths.dropped) if dropped.count]
+    assert lengths.first_waiting == (waiting[0] if waiting else None)
     for stage, dropped in enumerate(lengths.dropped):
-        assert [lengths.physical(n, stage) for n in range(end)] == list(range(end))
+        expected = [0] * end if stage in waiting else list(range(end))
+        assert [lengths.physical(n, stage) for n in range(end)] == expected
         after = [lengths.physical(n, stage) for n in range(end, end + 5)]
         assert after == list(range(end - dropped.count, end - dropped.count + 5))
 
@@ -145,7 +148,7 @@ def test_an_unpruned_request_holds_every_token_at_every_stage():
         pytest.param((4,), [0, 1, 2, 3, 4, 4, 5], id="last-prompt-position"),
         pytest.param((1, 2), [0, 1, 1, 1, 2, 3, 4], id="run"),
         pytest.param(0, [0, 1, 2, 3, 4, 5, 6], id="count-of-zero"),
-        pytest.param(2, [0, 1, 2, 3, 4, 3, 4], id="count-of-two"),
+        pytest.param(2, [0, 0, 0, 0, 0, 3, 4], id="count-of-two"),
     ],
 )
 def test_physical_length_of_a_prompt_of_five(dropped, expected):
@@ -227,12 +230,7 @@ def test_no_packed_token_is_ever_evicted(lengths):
 @PROPERTY
 @given(packed_plans(), st.integers(1, 9), st.data())
 def test_no_step_needs_more_slots_than_admission_counts(lengths, max_step, data):
-    computed = 0
-    if is_counted(lengths) and lengths.dropped[0].count:
-        # the choice needs the prompt in one step
-        max_step = max(max_step, lengths.num_prompt_tokens)
-        computed = lengths.num_prompt_tokens
-    highest = lengths.peak(0, computed, 0)
+    computed = highest = 0
     end = lengths.num_prompt_tokens + data.draw(st.integers(1, 60))
     while computed < end:
         after = min(end, computed + data.draw(st.integers(1, max_step)))
@@ -261,7 +259,18 @@ def evictions(draw):
     keep = (draw(st.integers(1, lag)), draw(st.integers(1, lag)))
     eviction = Eviction(draw(st.integers(0, 6)), lag, keep, draw(st.booleans()))
     dropped = tuple(sorted(draw(st.sets(st.integers(0, prompt - 1), max_size=prompt - 1))))
-    return lengths_of(prompt, ((), dropped), eviction)
+    # a count, which waits for the prompt, or the positions themselves
+    return lengths_of(prompt, draw(st.sampled_from([((), dropped), (0, len(dropped))])), eviction)
+
+
+def entered_in(lengths, stage, before, after):
+    """Tokens that enter a stage in a step, counted one by one."""
+    dropped, prompt = lengths.dropped[stage], lengths.num_prompt_tokens
+    if not is_counted(lengths):
+        return sum(p not in dropped.positions for p in range(before, after))
+    if dropped.count == 0 or before >= prompt:
+        return after - before
+    return after - dropped.count if after >= prompt else 0
 
 
 def recursion(lengths, stage, steps):
@@ -269,9 +278,7 @@ def recursion(lengths, stage, steps):
     eviction = lengths.eviction
     cache, done, computed = 0, eviction.sink, 0
     for step in steps:
-        entered = sum(
-            p not in lengths.dropped[stage].positions for p in range(computed, computed + step)
-        )
+        entered = entered_in(lengths, stage, computed, computed + step)
         computed += step
         cache += entered
         peak = cache
@@ -332,7 +339,7 @@ class Served:
     def __init__(self, name, layout, lengths, generated):
         self.layout, self.lengths = layout, lengths
         self.total = layout.num_tokens + generated
-        self.whole = lengths is not None and is_counted(lengths)
+        self.is_known = lengths is not None and not is_counted(lengths)
         self.pruned = lengths and PrunedRequest(name, layout, plan_of(lengths))
         self.reset()
 
@@ -343,10 +350,6 @@ class Served:
 
     def physical(self, n):
         return self.lengths.all_stages(n) if self.lengths else (n,) * NUM_STAGES
-
-    def least(self):
-        """Tokens the next chunk must have: the whole prompt for plans that count."""
-        return self.layout.num_tokens if self.whole and self.computed == 0 else 1
 
 
 @st.composite
@@ -370,7 +373,7 @@ def test_the_worker_fills_exactly_the_slots_the_scheduler_counts(drawn, block_si
         batch = [s for s in served if s.computed < s.total]
         if len(batch) > 1:
             batch = [s for s in batch if data.draw(st.booleans())] or batch[:1]
-        scheduled = [data.draw(st.integers(s.least(), s.total - s.computed)) for s in batch]
+        scheduled = [data.draw(st.integers(1, s.total - s.computed)) for s in batch]
         for s, n in zip(batch, scheduled, strict=True):
             required = [math.ceil(p / block_size) for p in s.physical(s.computed + n)]
             s.blocks = [max(pair) for pair in zip(s.blocks, required, strict=True)]
@@ -397,7 +400,7 @@ def step(batch, scheduled, block_size):
             assert s.blocks[stage] == math.ceil(len(s.written[stage]) / block_size)
             assert rows.seq_lens[i] == max(1, len(s.written[stage]))
     for s, n in zip(batch, scheduled, strict=True):
-        if s.pruned and not s.whole:
+        if s.is_known:
             assert_text_stays(s, n)
         s.computed += n
 

@@ -23,7 +23,7 @@ def test_a_plan_carries_the_lengths_of_its_axis(method):
     assert plan.visual.kept[-1] == 131 if method == "vflowopt" else 144
     assert plan.is_pruned
     assert plan.lengths == PhysicalLengths(600, plan.visual.dropped)
-    assert plan.needs_whole_prompt == issubclass(methods("visual")[method], PromptPolicy)
+    assert plan.waiting_rows == (600 if issubclass(methods("visual")[method], PromptPolicy) else 0)
 
 
 def test_off_plans_nothing_and_skips_nothing():
@@ -32,7 +32,7 @@ def test_off_plans_nothing_and_skips_nothing():
     assert not plan.is_pruned
     assert plan.lengths.all_stages(77) == (77,) * plan.lengths.num_stages
     assert not plan.skipped
-    assert not plan.needs_whole_prompt
+    assert plan.waiting_rows == 0
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,10 @@ def test_off_plans_nothing_and_skips_nothing():
         pytest.param(PromptLayout(600), ENGINE, "no_visual_tokens", id="text-only"),
         pytest.param(PromptLayout(9, ((0, 9),)), ENGINE, "no_text_after_image", id="image-last"),
         pytest.param(
-            PROMPT, EngineShape(32, (0, 8), 599), "prompt_exceeds_batch", id="longer-than-a-step"
+            PROMPT,
+            EngineShape(32, (0, 8), 4096, max_num_waiting_tokens=599),
+            "prompt_exceeds_waiting_tokens",
+            id="longer-than-can-wait",
         ),
         pytest.param(
             PROMPT,
@@ -56,7 +59,7 @@ def test_what_cannot_be_pruned_is_skipped_with_its_reason(prompt, engine, reason
     assert reasons(plan) == {"visual": reason}
     assert not plan.is_pruned
     assert plan.lengths.all_stages(77) == (77,) * plan.lengths.num_stages
-    assert not plan.needs_whole_prompt
+    assert plan.waiting_rows == 0
 
 
 def test_a_prompt_whose_log_probs_are_wanted_keeps_all_its_rows():
@@ -133,9 +136,10 @@ ALL_UNSUPPORTED = EngineShape(
         pytest.param(
             {"visual": {"method": "transprune"}},
             PROMPT,
-            EngineShape(32, (0, 8), 500),
+            EngineShape(32, (0, 8), 4096, max_num_waiting_tokens=500),
             "the prompt must have at most 500 tokens for pruning.visual.method transprune, which "
-            "scores it in one step, got 600; raise --max-num-batched-tokens or use another method",
+            "chooses once it is complete, got 600; raise --max-num-waiting-tokens or use another "
+            "method",
             "pruning.visual.method",
             id="long-prompt",
         ),

@@ -40,6 +40,18 @@ PruneLayers = Annotated[
     ),
 ]
 
+MaxNumWaitingTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-waiting-tokens",
+        "--max_num_waiting_tokens",
+        min=0,
+        help="Tokens of pruned prompts that can wait until their prompt is complete, which is the "
+        "longest prompt that transprune takes; memory for them is set aside at start. Default: "
+        "the longest context, at most 32768.",
+    ),
+]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -155,6 +167,7 @@ def serve(
             "of serving as vllm serve does.",
         ),
     ] = False,
+    max_num_waiting_tokens: MaxNumWaitingTokens = None,
     vllm_help: Annotated[
         bool,
         typer.Option(
@@ -176,7 +189,9 @@ def serve(
     from tokenprune.engine.launch import EngineOptions
     from tokenprune.engine.launch import serve as run
 
-    options = EngineOptions(layers, preset, presets, allow_channel_pruning, require_pruning)
+    options = EngineOptions(
+        layers, preset, presets, allow_channel_pruning, require_pruning, max_num_waiting_tokens
+    )
     run(context.args, options, _builtin_model)
 
 

@@ -78,7 +78,10 @@ class DroppedOfImages:
 
 @dataclass(frozen=True, slots=True)
 class DroppedAfterPrompt:
-    """Prompt tokens that a stage gives up once the prompt is complete, in one step.
+    """Prompt tokens that a stage never holds; which ones is known once the prompt is complete.
+
+    Until then a stage that drops any holds nothing: its rows wait. A stage that drops none runs
+    with each chunk, like that of any other prompt.
 
     Attributes:
         count: How many.
@@ -88,9 +91,16 @@ class DroppedAfterPrompt:
     count: int
     num_prompt_tokens: int
 
+    @property
+    def waits(self) -> bool:
+        """Whether the stage begins only when the prompt is complete."""
+        return self.count > 0
+
     def before(self, num_computed: int) -> int:
-        """Return how many of the first `num_computed` tokens are dropped."""
-        return self.count if num_computed >= self.num_prompt_tokens else 0
+        """Return how many of the first `num_computed` tokens are dropped, or wait."""
+        if num_computed >= self.num_prompt_tokens:
+            return self.count
+        return num_computed if self.waits else 0
 
 
 Dropped = DroppedPositions | DroppedOfImages | DroppedAfterPrompt
@@ -175,6 +185,15 @@ class PhysicalLengths:
         return len(self.dropped)
 
     @property
+    def first_waiting(self) -> int | None:
+        """First stage that begins only when the prompt is complete; so do those after it."""
+        return next((s for s in range(self.num_stages) if self._waits(s)), None)
+
+    def _waits(self, stage: int) -> bool:
+        dropped = self.dropped[stage]
+        return isinstance(dropped, DroppedAfterPrompt) and dropped.waits
+
+    @property
     def frees_blocks(self) -> bool:
         """Whether blocks may be emptied while the request lives."""
         return self.eviction is not None or self.packing is not None
@@ -247,12 +266,14 @@ class PhysicalLengths:
             # a block is packed once its last token is there, so the row may just have shrunk
             unpacked = self.physical(after, stage) + packing.tokens - packing.block
             return min(written, max(prompt, unpacked + max_step))
-        if eviction is None or (eviction.after_prompt and after <= self.num_prompt_tokens):
+        # a stage that waits takes what it keeps of the prompt at once
+        whole = self._waits(stage) or (eviction is not None and eviction.after_prompt)
+        if eviction is None or (whole and after <= self.num_prompt_tokens):
             return written
         keep = eviction.keep[stage]
         cut = self.partitions_cut(after, stage)
         settled = eviction.sink + cut * keep + 2 * eviction.lag - 1
-        if eviction.after_prompt:
+        if whole:
             # the whole prompt is held once; steps after it start from what was settled
             prompt = self.written(self.num_prompt_tokens + max_step, stage)
             return min(written, max(prompt, settled + max_step))

@@ -60,9 +60,9 @@ class RequestPlan:
         return any(self.part(axis) is not None for axis in AXES)
 
     @property
-    def needs_whole_prompt(self) -> bool:
-        """True when the prompt must be prefilled in one step."""
-        return isinstance(self.visual, AfterPrompt)
+    def waiting_rows(self) -> int:
+        """Rows that may have to wait until the prompt is complete; 0 where none do."""
+        return self.visual.waiting_rows if isinstance(self.visual, AfterPrompt) else 0
 
     @property
     def query_window(self) -> int:

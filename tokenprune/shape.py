@@ -22,6 +22,10 @@ class EngineShape:
         max_num_batched_tokens: Tokens of one prompt that one scheduler step can hold.
         unsupported: Why a feature cannot be had in this engine; those left out can.
         max_model_len: Longest context, or None where nothing bounds it.
+        max_num_waiting_tokens: Rows of a pruned prompt that can wait for the rest of it, or None
+            where nothing bounds them.
+        num_late: After each of so many first layers the model adds image features to the rows of
+            their tokens (DeepStack).
         allow_channel_pruning: Whether the engine was started to prune KV channels.
         head_size: Channels of a key, and of a value, in one head.
         block_size: Slots of a KV block.
@@ -32,6 +36,8 @@ class EngineShape:
     max_num_batched_tokens: int
     unsupported: Mapping[Feature, str] = field(default_factory=dict)
     max_model_len: int | None = None
+    max_num_waiting_tokens: int | None = None
+    num_late: int = 0
     allow_channel_pruning: bool = False
     head_size: int = 0
     block_size: int = 0

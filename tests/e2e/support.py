@@ -83,9 +83,15 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request runs and none has left a block or a plan."""
+        """Whether no request runs and none has left a block, a plan or a row that waits."""
         left = self.llm.llm_engine.has_unfinished_requests() or self.scheduler._plans
-        return not left and self.blocks_missing == 0
+        return not left and self.blocks_missing == self.rows_waiting == 0
+
+    @property
+    def rows_waiting(self) -> int:
+        """Rows of prompts that wait in the worker."""
+        staged = self.runner._staged
+        return 0 if staged is None else staged._pool.num_rows - staged._pool.num_free
 
     def stats(self) -> dict[str, Any]:
         """Return what the worker has counted since it started."""

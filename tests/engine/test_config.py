@@ -274,9 +274,36 @@ def test_an_illegal_default_is_refused():
 
 def test_the_shape_of_a_supported_engine():
     assert engine_shape(config()) == EngineShape(
-        32, (0, 8, 12, 20), 4096, max_model_len=8192, head_size=128, block_size=16
+        32,
+        (0, 8, 12, 20),
+        4096,
+        max_model_len=8192,
+        max_num_waiting_tokens=8192,
+        head_size=128,
+        block_size=16,
     )
     assert engine_shape(config()).stage_sizes() == (8, 4, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("longest", "asked_for", "room"),
+    [
+        pytest.param(8192, None, 8192, id="a-context"),
+        pytest.param(131072, None, 32768, id="not-more-by-default"),
+        pytest.param(131072, 100_000, 100_000, id="as-asked"),
+        pytest.param(8192, 0, 0, id="none"),
+    ],
+)
+def test_as_many_tokens_may_wait_as_there_is_room_for(longest, asked_for, room):
+    settings = {} if asked_for is None else {"max_num_waiting_tokens": asked_for}
+    shape = engine_shape(config(model_config={"max_model_len": longest}, **asked(**settings)))
+    assert shape.max_num_waiting_tokens == room
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.5, True, "1"])
+def test_a_number_of_waiting_tokens_that_is_none_is_refused(wrong):
+    with pytest.raises(ConfigurationError, match="max_num_waiting_tokens must be a number"):
+        engine_shape(config(**asked(max_num_waiting_tokens=wrong)))
 
 
 def test_boundaries_asked_for_replace_the_default():

@@ -286,8 +286,11 @@ def test_a_tower_that_cannot_be_read_is_skipped_with_a_reason(cls):
 def test_a_choice_by_tensors_is_counted_not_named(cls):
     plan = cls(keep_ratio=0.25).plan(PROMPT, ENGINE)
     assert [d.count for d in plan.dropped] == [576 - k for k in plan.kept]
-    # its counts hold only for the whole prompt, and the schedule says so before that
-    assert lengths_of(plan, PROMPT).all_stages(599) == (599,) * 4
+    # before the whole prompt is there, stages that drop any wait
+    lengths = lengths_of(plan, PROMPT)
+    waiting = [k < 576 for k in plan.kept]
+    assert lengths.all_stages(599) == tuple(0 if w else 599 for w in waiting)
+    assert lengths.first_waiting == waiting.index(True)
 
 
 @pytest.mark.parametrize("cls", VISUAL)
@@ -359,11 +362,30 @@ def test_one_text_token_after_the_image_is_enough(cls):
 
 
 @pytest.mark.parametrize("cls", WHOLE)
-def test_a_prompt_that_must_be_whole_fits_one_step_or_is_skipped(cls):
-    prompt, engine = without(max_num_batched_tokens=600)
-    assert cls(keep_ratio=0.5).plan(prompt, engine).kept[-1] == 288
-    with pytest.raises(PlanSkipped, match="prompt_exceeds_batch"):
-        cls().plan(*without(max_num_batched_tokens=599))
+def test_a_prompt_that_must_be_whole_has_room_to_wait_or_is_skipped(cls):
+    # whatever a step holds
+    prompt, engine = without(max_num_waiting_tokens=600, max_num_batched_tokens=16)
+    plan = cls(keep_ratio=0.5).plan(prompt, engine)
+    assert (plan.kept[-1], plan.waiting_rows) == (288, 600)
+    with pytest.raises(PlanSkipped, match="prompt_exceeds_waiting_tokens") as skipped:
+        cls().plan(*without(max_num_waiting_tokens=599))
+    assert "at most 599 tokens" in skipped.value.skipped.message
+    assert "--max-num-waiting-tokens" in skipped.value.skipped.message
+
+
+@pytest.mark.parametrize("cls", WHOLE)
+def test_features_that_come_late_wait_with_their_rows(cls):
+    def plan(num_late, room, **policy):
+        changes = {"num_late": num_late, "max_num_waiting_tokens": room}
+        return cls(**policy).plan(*without(**changes))
+
+    assert plan(8, 600, prune_layers=[8], keep_ratio=0.5).waiting_rows == 600
+    assert plan(3, 2400, prune_layers=[0], keep_ratio=0.5).waiting_rows == 2400
+    assert plan(3, 600, prune_layers=[0, 8], keep_ratios=[1, 0.5]).waiting_rows == 600
+    assert plan(3, 0, prune_layers=[0], keep_ratios=[1]).waiting_rows == 0
+    with pytest.raises(PlanSkipped) as skipped:
+        plan(3, 2399, prune_layers=[0], keep_ratio=0.5)
+    assert "at most 599 tokens" in skipped.value.skipped.message
 
 
 @pytest.mark.parametrize("cls", KNOWN)

@@ -26,7 +26,9 @@ from tokenprune.server.admission import PlanningClient
 from tokenprune.server.routes import Service
 from tokenprune.shape import EngineShape, ModelShape
 
-ENGINE = EngineShape(num_layers=8, boundaries=(0, 2, 3), max_num_batched_tokens=100)
+ENGINE = EngineShape(
+    num_layers=8, boundaries=(0, 2, 3), max_num_batched_tokens=100, max_num_waiting_tokens=100
+)
 MODEL = ModelShape(hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_size=16)
 HALVES = {"visual": {"method": "uniform", "prune_layers": [2, 3], "keep_ratios": [0.5, 0.25]}}
 COMPLETION_TOKENS = 6
@@ -450,7 +452,7 @@ def test_off_turns_the_default_off(start: Start) -> None:
 @pytest.mark.parametrize(
     ("engine", "sent", "fields", "reason"),
     [
-        pytest.param(ENGINE, LONG, {}, "prompt_exceeds_batch", id="long"),
+        pytest.param(ENGINE, LONG, {}, "prompt_exceeds_waiting_tokens", id="long"),
         pytest.param(
             EngineShape(8, (0, 2), 100, unsupported={"visual": "M-RoPE"}),
             PHOTO,

@@ -45,6 +45,8 @@ class EngineOptions:
         presets: Presets by name beside the built-in ones; see `tokenprune.presets.load_presets`.
         allow_channel_pruning: Let requests prune KV channels.
         require_pruning: Refuse to start where nothing can be pruned.
+        max_num_waiting_tokens: Rows of pruned prompts that there is room for until their prompt is
+            complete; None for the length of a context, at most 32768.
     """
 
     prune_layers: Sequence[int] | None = None
@@ -52,6 +54,7 @@ class EngineOptions:
     presets: Mapping[str, Any] = field(default_factory=dict)
     allow_channel_pruning: bool = False
     require_pruning: bool = False
+    max_num_waiting_tokens: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return what goes into vLLM's additional configuration; defaults are left out."""
@@ -61,6 +64,7 @@ class EngineOptions:
             "presets": dict(self.presets) or None,
             "allow_channel_pruning": self.allow_channel_pruning or None,
             "require_pruning": self.require_pruning or None,
+            "max_num_waiting_tokens": self.max_num_waiting_tokens,
         }
         return {key: value for key, value in asked.items() if value is not None}
 

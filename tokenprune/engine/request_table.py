@@ -187,6 +187,10 @@ class RequestTable:
         saved = 0
         for row in np.flatnonzero(self.is_pruned):
             computed = int(num_computed[row])
+            request = self.requests[row]
+            if request is not None and request.waits(computed):
+                # blocks that come once the prompt is complete are not saved
+                continue
             for group, config in enumerate(groups):
                 spec = config.kv_cache_spec
                 held = int(block_tables.num_blocks.np[group, row])

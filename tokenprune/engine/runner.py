@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -24,12 +25,13 @@ from tokenprune.engine.kv_cache import StagedAttentionSpec, shape_of_cache
 from tokenprune.engine.layer_specs import staged_specs
 from tokenprune.engine.model_state import StagedModelState, stage_groups
 from tokenprune.engine.request_table import RequestTable, StepNeeds
-from tokenprune.engine.shape import engine_shape
+from tokenprune.engine.shape import engine_shape, model_shape
 from tokenprune.engine.slots import SlotBuilder
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PrunedStep, StepActor, stage_rows
 from tokenprune.engine.visual.image_scores import ImageScorer, ScoredEncoderCache
 from tokenprune.engine.visual.staged_prefill import StagedPrefill
+from tokenprune.engine.visual.waiting_rows import RowPool
 from tokenprune.errors import ConfigurationError
 from tokenprune.policies import KVPolicy, methods
 from tokenprune.shape import EngineShape
@@ -86,15 +88,44 @@ class PruningModelRunner(GPUModelRunner):
         tower = family.tower(self.vllm_config, self.model)
         if tower is not None and isinstance(self.encoder_cache, ScoredEncoderCache):
             scorer = ImageScorer(self.model, tower, self.encoder_cache, self.device, self.stats)
+        pool = RowPool(
+            self._num_waiting_rows,
+            self.model_config.get_hidden_size(),
+            self.dtype,
+            self.device,
+        )
+        # vLLM gives the KV cache what is left of memory
+        self.model_memory_usage += pool.num_bytes
         self._staged = StagedPrefill(
             self.model,
             family.decoder(self.model),
             self.shape,
+            pool,
             self.device,
             self.stats,
             scorer,
         )
         self.model_state.before_encoder = self._staged.score_images
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        """Profile with room for the rows that a prompt brings to the step that completes it."""
+        reserved = torch.empty(self._num_returning_bytes(), dtype=torch.uint8, device=self.device)
+        super().profile_run(*args, **kwargs)
+        del reserved
+
+    def _num_returning_bytes(self) -> int:
+        """Return what vLLM's largest step does not hold of a step that completes a prompt."""
+        if self._staged is None:
+            return 0
+        model, ranks = model_shape(self.vllm_config), self.parallel_config.tensor_parallel_size
+        # of a row: hidden state, residual, their sum and norm; gate, up and product of the MLP
+        elements = 4 * model.hidden_size + 3 * model.intermediate_size // ranks
+        return self._num_waiting_rows * elements * self.dtype.itemsize
+
+    @property
+    def _num_waiting_rows(self) -> int:
+        # an engine without stages cannot drop rows
+        return int(self.shape.max_num_waiting_tokens or 0) if self.shape.prune_layers else 0
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Initialise, then let pruning steps bypass CUDA graphs."""
@@ -161,6 +192,8 @@ class PruningModelRunner(GPUModelRunner):
                 self._observer.forget(row)
             if self._packer is not None:
                 self._packer.forget(row)
+            if self._staged is not None:
+                self._staged.forget(row)
         return super()._remove_request(req_id)
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:

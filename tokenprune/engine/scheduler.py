@@ -1,4 +1,4 @@
-"""The scheduler: plans requests, keeps prompts whole, and says which lengths it expects."""
+"""The scheduler: plans requests, keeps images whole, and says which lengths it expects."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tokenprune.engine.reporting import Relay
 from tokenprune.engine.request_table import EXPECTED_LENGTHS
 from tokenprune.engine.shape import engine_shape
 from tokenprune.engine.startup import check_supported, stock_scheduler, why_stock
+from tokenprune.engine.waiting_budget import WaitingBudget
 from tokenprune.errors import PolicyError
 from tokenprune.plan import RequestPlan
 
@@ -45,11 +46,15 @@ class PruningScheduler(AsyncScheduler):
             manager.plans = self._plans
             manager.num_computed = self._num_computed
             manager.max_step = self.vllm_config.scheduler_config.max_num_batched_tokens
-        self._shape = shape_of_cache(self._shape, [m.kv_cache_spec for m in managers])
-        unsupported = self._shape.unsupported
+        shape = self._shape = shape_of_cache(self._shape, [m.kv_cache_spec for m in managers])
+        assert shape.max_num_waiting_tokens is not None
+        self._waiting_budget = WaitingBudget(
+            self._plans, shape.max_num_waiting_tokens, shape.max_num_batched_tokens
+        )
+        unsupported = shape.unsupported
         if "kv" in unsupported:
             logger.warning("KV tokens will not be evicted: %s", unsupported["kv"])
-        if self._shape.allow_channel_pruning and "channels" in unsupported:
+        if shape.allow_channel_pruning and "channels" in unsupported:
             logger.warning("KV channels will not be pruned: %s", unsupported["channels"])
 
     def _num_computed(self, request_id: str) -> int:
@@ -78,12 +83,16 @@ class PruningScheduler(AsyncScheduler):
             logger.warning("request %s is served unpruned: %s", request.request_id, error)
             return None
 
+    def _handle_blocked_waiting_request(self, request: Request, *args: Any, **kwargs: Any) -> bool:
+        """Pass over prompts that the worker has no room for."""
+        is_ready = super()._handle_blocked_waiting_request(request, *args, **kwargs)
+        return bool(is_ready and self._waiting_budget.admits(request, self.running))
+
     def _try_schedule_encoder_inputs(
         self,
         request: Request,
         num_computed_tokens: int,
         num_new_tokens: int,
-        encoder_compute_budget: int,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -92,27 +101,18 @@ class PruningScheduler(AsyncScheduler):
             end = plan.visual.chunk_end(num_computed_tokens + num_new_tokens)
             # none is left where an image comes next that must wait for a step with more room
             num_new_tokens = end - num_computed_tokens
-        if plan is None or not plan.needs_whole_prompt or num_computed_tokens > 0:
-            return super()._try_schedule_encoder_inputs(
-                request,
-                num_computed_tokens,
-                num_new_tokens,
-                encoder_compute_budget,
-                *args,
-                **kwargs,
+            num_new_tokens = self._waiting_budget.chunk(
+                request, num_computed_tokens, num_new_tokens
             )
-        # zero tokens stop the admission loop here, so the prompt goes first in a later step
-        # and later arrivals cannot starve it
-        wait: Any = ([], 0, encoder_compute_budget, [], [])
-        if num_new_tokens < request.num_prompt_tokens:
-            return wait
         result = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
+            request, num_computed_tokens, num_new_tokens, *args, **kwargs
         )
-        return result if result[1] >= request.num_prompt_tokens else wait
+        self._waiting_budget.count(request, num_computed_tokens, result[1])
+        return result
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Free what the last step emptied, schedule a step, and say which lengths are expected."""
+        self._waiting_budget.begin_step()
         for request in self.running:
             plan = self._plans.get(request.request_id)
             if plan is not None and plan.lengths.frees_blocks:

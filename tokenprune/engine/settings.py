@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "tokenprune"
 _SWITCHES = ("allow_channel_pruning", "require_pruning")
-_SETTINGS = ("presets", "prune_layers", "default", *_SWITCHES)
+_SETTINGS = ("presets", "prune_layers", "default", "max_num_waiting_tokens", *_SWITCHES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,15 @@ class Settings:
         allow_channel_pruning: Whether requests may prune KV channels; attention then also looks
             for rows with packed blocks.
         require_pruning: Whether an engine that can prune nothing is refused.
+        max_num_waiting_tokens: Rows of pruned prompts that there is room for until their prompt is
+            complete, or None for the default.
     """
 
     prune_layers: tuple[int, ...] | None
     default_pruning: Axes
     allow_channel_pruning: bool = False
     require_pruning: bool = False
+    max_num_waiting_tokens: int | None = None
 
 
 def settings(vllm_config: VllmConfig) -> Settings:
@@ -61,10 +64,20 @@ def settings(vllm_config: VllmConfig) -> Settings:
         isinstance(layers, list) and all(type(layer) is int for layer in layers)
     ):
         raise ConfigurationError(f"prune_layers must be a list of layer numbers, got {layers!r}")
-    switches = [raw.get(name, False) for name in _SWITCHES]
-    for name, value in zip(_SWITCHES, switches, strict=True):
+    switches = {name: raw.get(name, False) for name in _SWITCHES}
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise ConfigurationError(f"{name} must be true or false, got {value!r}")
+    waiting = raw.get("max_num_waiting_tokens")
+    if waiting is not None and not (type(waiting) is int and waiting >= 0):
+        raise ConfigurationError(
+            f"max_num_waiting_tokens must be a number of tokens, at least 0, got {waiting!r}"
+        )
     add_presets(raw.get("presets", {}))
     boundaries = None if layers is None else tuple(layers)
-    return Settings(boundaries, parse_pruning(raw.get("default")), *switches)
+    return Settings(
+        boundaries,
+        parse_pruning(raw.get("default")),
+        max_num_waiting_tokens=waiting,
+        **switches,
+    )

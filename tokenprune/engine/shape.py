@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokenprune.engine.boundaries import check_boundaries, default_boundaries
+from tokenprune.engine.families import family_of
 from tokenprune.engine.settings import settings
 from tokenprune.engine.support import unsupported_features
 from tokenprune.shape import EngineShape, ModelShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+# longest prompt that may wait for its rest where nothing else is asked for: at 4096 channels of 16
+# bits 256 MiB of rows
+DEFAULT_WAITING_TOKENS = 32768
 
 
 def engine_shape(vllm_config: VllmConfig) -> EngineShape:
@@ -33,10 +38,25 @@ def engine_shape(vllm_config: VllmConfig) -> EngineShape:
         _longest_step(vllm_config),
         unsupported,
         max_model_len=vllm_config.model_config.max_model_len,
+        max_num_waiting_tokens=_waiting_tokens(vllm_config),
+        num_late=_num_late(vllm_config),
         allow_channel_pruning=chosen.allow_channel_pruning,
         head_size=vllm_config.model_config.get_head_size(),
         block_size=vllm_config.cache_config.block_size,
     )
+
+
+def _waiting_tokens(vllm_config: VllmConfig) -> int:
+    """Return the rows of pruned prompts that there is room for until their prompt is complete."""
+    asked = settings(vllm_config).max_num_waiting_tokens
+    if asked is not None:
+        return asked
+    return min(vllm_config.model_config.max_model_len, DEFAULT_WAITING_TOKENS)
+
+
+def _num_late(vllm_config: VllmConfig) -> int:
+    family = family_of(vllm_config.model_config.architecture)
+    return family.num_late(vllm_config) if family is not None else 0
 
 
 def _longest_step(vllm_config: VllmConfig) -> int:

@@ -89,13 +89,20 @@ class SlotBuilder:
         batches = []
         for stage, rows in enumerate(stages):
             stage_batch = self._stage_batch(batch, rows)
-            indices = torch.from_numpy(rows.cache_indices()).to(self._device)
-            self._fill(stage, batch, stage_batch.query_start_loc, indices)
+            # a prompt that waited may bring more rows than a step has tokens
+            of_groups = torch.empty(
+                (len(slots), rows.num_rows), dtype=torch.int64, device=self._device
+            )
+            self._compute(
+                batch,
+                stage_batch.query_start_loc,
+                torch.from_numpy(rows.cache_indices()).to(self._device),
+                of_groups,
+            )
+            if len(rows.idle):
+                of_groups[:, torch.from_numpy(rows.idle.astype(np.int64))] = PAD_SLOT_ID
             for group in self._groups[stage]:
-                view = self._block_tables.slot_mappings[group, : rows.num_rows]
-                if len(rows.idle):
-                    view[torch.from_numpy(rows.idle.astype(np.int64))] = PAD_SLOT_ID
-                slots[group] = view
+                slots[group] = of_groups[group]
             batches.append(stage_batch)
         return StagedStep(batch, batches), slots
 
@@ -117,12 +124,13 @@ class SlotBuilder:
         self, stage: int, batch: InputBatch, query_start_loc: Tensor, indices: Tensor
     ) -> None:
         # vLLM's kernel serves all groups at once; this stage's rows of its result are kept
-        self._block_tables.compute_slot_mappings(
-            batch.idx_mapping,
-            query_start_loc,
-            indices,
-            num_tokens_padded=batch.num_tokens_after_padding,
-            out=self._slots_of_stage,
-        )
+        self._compute(batch, query_start_loc, indices, self._slots_of_stage)
         for group in self._groups[stage]:
             self._block_tables.slot_mappings[group].copy_(self._slots_of_stage[group])
+
+    def _compute(
+        self, batch: InputBatch, query_start_loc: Tensor, indices: Tensor, out: Tensor
+    ) -> None:
+        self._block_tables.compute_slot_mappings(
+            batch.idx_mapping, query_start_loc, indices, num_tokens_padded=out.shape[1], out=out
+        )

@@ -49,6 +49,10 @@ class PrunedRequest:
         """Return whether a step from `num_computed` tokens on has fewer rows in later stages."""
         return self.plan.visual is not None and num_computed < self.layout.num_tokens
 
+    def waits(self, num_computed: int) -> bool:
+        """Return whether later stages wait for the rest of the prompt."""
+        return self.plan.waiting_rows > 0 and num_computed < self.layout.num_tokens
+
     def needs_no_graph(self, before: int, after: int) -> bool:
         """Return whether the step from `before` to `after` tokens cannot be a CUDA graph."""
         is_observed = self.plan.query_window > 0 and before < self.layout.num_tokens

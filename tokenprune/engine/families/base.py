@@ -41,13 +41,10 @@ class Decoder:
     Attributes:
         layers: Its layers in order.
         norm: The final norm, which is called with rows of the whole step.
-        num_late: After each of so many first layers the model adds rows of the whole step, outside
-            any module.
     """
 
     layers: Sequence[DecoderLayer]
     norm: nn.Module
-    num_late: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +125,13 @@ class Family:
     def importance_unsupported(self, vllm_config: VllmConfig) -> str | None:
         """Return why images cannot be scored in the vision tower, or None if they can."""
         return f"vision towers of {self.name} models cannot be scored yet"
+
+    def num_late(self, vllm_config: VllmConfig) -> int:
+        """Return after how many first layers the model adds rows of the step, outside any module.
+
+        They are image features (DeepStack), the same of a token whatever else is in the step.
+        """
+        return 0
 
     def patch_grid(self, vllm_config: VllmConfig) -> int:
         """Return the side of the grid of patches of a crop, where the tower can be scored."""

@@ -7,10 +7,9 @@ then. The features of a dropped token are dropped with it.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from tokenprune.engine.families.base import Decoder, Family
+from tokenprune.engine.families.base import Family
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,8 +32,7 @@ class QwenVL(Family):
             return "vLLM itself prunes videos (--video-pruning-rate)"
         return super().visual_unsupported(vllm_config)
 
-    def decoder(self, model: Any) -> Decoder:
-        """Find the decoder's parts, and the layers after which rows are added."""
-        vision = model.config.vision_config
-        num_late = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-        return dataclasses.replace(super().decoder(model), num_late=num_late)
+    def num_late(self, vllm_config: VllmConfig) -> int:
+        """Return the levels of DeepStack."""
+        vision = vllm_config.model_config.hf_config.vision_config
+        return len(getattr(vision, "deepstack_visual_indexes", None) or ())

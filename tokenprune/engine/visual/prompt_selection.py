@@ -1,9 +1,13 @@
-"""A request whose visual tokens are chosen by the tensors of its whole prompt, layer by layer."""
+"""A request whose visual tokens are chosen by the tensors of its whole prompt, layer by layer.
+
+Each chunk of the prompt runs the stages before the first cut that drops any. There its rows wait,
+until the last chunk brings the prompt to its end: then all of them go on together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor
 from vllm.distributed import get_tp_group
 
 from tokenprune.engine.guard import PolicyGuard, checked, evenly
+from tokenprune.engine.visual.waiting_rows import WaitingPrompt
 from tokenprune.kernels import instruction_attention
 from tokenprune.policies import AfterPrompt, SelectInputs
 from tokenprune.shape import EngineShape
@@ -23,19 +28,33 @@ class PromptSelection:
     Attributes:
         index: Place in the batch.
         plan: How many stay.
+        first_waiting: First stage that waits for the whole prompt.
         observed: Layers whose sub-modules the policy is shown.
-        visual: `[rows]` bool over the request's current prompt rows.
+        ends_prompt: Whether this chunk completes the prompt.
         rows_after_prompt: Rows of tokens generated before a preemption; always kept.
         guard: Asks the policy.
-        accumulated: `[num_visual]` float32 sum of what the policy made of observed layers.
+        waiting: What earlier chunks left.
+        visual: `[rows]` bool over the request's prompt rows at the stage at work.
+        num_visual: How many of them are visual.
+        is_aside: Whether the rows of this chunk wait; one stands in for them.
+        is_complete: Whether all rows of the prompt are there.
+        terms: What the policy made of observed sub-modules until then.
+        accumulated: `[num_visual]` float32 sum of the scores of observed sub-modules from then on.
     """
 
     index: int
     plan: AfterPrompt
+    first_waiting: int
     observed: range
-    visual: Tensor
+    ends_prompt: bool
     rows_after_prompt: int
     guard: PolicyGuard
+    waiting: WaitingPrompt
+    visual: Tensor
+    num_visual: int
+    is_aside: bool = False
+    is_complete: bool = False
+    terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     accumulated: Tensor | None = None
 
     @classmethod
@@ -43,45 +62,78 @@ class PromptSelection:
         cls,
         index: int,
         plan: AfterPrompt,
+        first_waiting: int,
         chunk: range,
+        waiting: WaitingPrompt,
         shape: EngineShape,
         device: torch.device,
         guard: PolicyGuard,
     ) -> Self:
-        """Return the selection among the rows of a step, which must hold the whole prompt."""
-        assert chunk.start == 0, "the scheduler must keep this prompt whole"
-        visual = torch.zeros(plan.prompt.num_tokens, dtype=torch.bool)
-        for first, end in plan.prompt.visual_spans:
-            visual[first:end] = True
+        """Return the selection among the rows of a chunk."""
+        assert len(waiting.rows) == chunk.start, "every earlier row of the prompt must wait"
+        end = plan.prompt.num_tokens
+        visual = _mask(plan)[chunk.start : chunk.stop]
         return cls(
             index=index,
             plan=plan,
+            first_waiting=first_waiting,
             observed=plan.policy.observed_layers(shape),
-            visual=visual.to(device),
-            rows_after_prompt=len(chunk) - plan.prompt.num_tokens,
+            ends_prompt=chunk.stop >= end,
+            rows_after_prompt=max(0, chunk.stop - end),
             guard=guard,
+            waiting=waiting,
+            visual=visual.to(device),
+            num_visual=int(visual.sum()),
         )
 
     @property
     def num_prompt_rows(self) -> int:
-        """Prompt rows that are left."""
+        """Prompt rows at the stage at work."""
         return self.visual.shape[0]
 
-    @property
-    def num_visual(self) -> int:
-        """Visual rows that are left."""
-        prompt = self.plan.prompt
-        return self.num_prompt_rows - (prompt.num_tokens - prompt.num_visual)
-
     def observe(self, x_in: Tensor, x_out: Tensor) -> None:
-        """Add the score of a sub-module, `[rows, C]` in and out, to those of earlier ones."""
+        """Take in a sub-module, `[num_prompt_rows, C]` in and out."""
         policy, shape = self.plan.policy, (self.num_visual,)
-        score = self.guard.ask(
-            policy,
-            lambda: checked(policy.observe(x_in, x_out, self.visual), shape),
-            lambda: x_in.new_zeros(shape, dtype=torch.float32),
-        )
-        self.accumulated = score if self.accumulated is None else self.accumulated + score
+
+        def compute() -> tuple[Tensor, Tensor]:
+            numbers, total = policy.observe(x_in, x_out, self.visual)
+            return checked(numbers, shape), checked(total, ())
+
+        def instead() -> tuple[Tensor, Tensor]:
+            return x_in.new_zeros(shape, dtype=torch.float32), x_in.new_zeros(()).float()
+
+        terms = self.guard.ask(policy, compute, instead)
+        if not self.is_complete:
+            self.terms.append(terms)
+        else:
+            self._add([terms])
+
+    def put_aside(self, rows: list[int], positions: Tensor) -> None:
+        """Leave the chunk for the last one, which goes on with it.
+
+        Args:
+            rows: Where its rows lie.
+            positions: Their positions, `[n]` or `[3, n]`.
+        """
+        self.is_aside = True
+        self.waiting.rows += rows
+        self.waiting.positions.append(positions)
+        self.waiting.terms.append(self.terms)
+
+    def take_up(self) -> None:
+        """Go on with all rows of the prompt: those that waited, then this chunk's."""
+        self.is_complete = True
+        self.visual = _mask(self.plan).to(self.visual.device)
+        self.num_visual = self.plan.prompt.num_visual
+        for chunks in zip(*self.waiting.terms, self.terms, strict=True):
+            self._add(chunks)
+
+    def _add(self, chunks: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add the scores of one sub-module, whose terms come from all chunks of the prompt."""
+        numbers, totals = zip(*chunks, strict=True)
+        total = torch.stack(totals).sum()
+        scores = torch.cat(numbers) / torch.where(total == 0, 1.0, total)
+        self.accumulated = scores if self.accumulated is None else self.accumulated + scores
 
     def choose(self, dropped: int, attention: Callable[[], Tensor]) -> Tensor:
         """Drop visual rows.
@@ -106,7 +158,7 @@ class PromptSelection:
         alive[visual_rows[kept]] = True
         if self.accumulated is not None:
             self.accumulated = self.accumulated[kept]
-        self.visual = self.visual[alive]
+        self.visual, self.num_visual = self.visual[alive], keep
         survivors = alive.nonzero().squeeze(1)
         if self.rows_after_prompt:
             end = len(alive) + self.rows_after_prompt
@@ -118,13 +170,20 @@ class PromptSelection:
         """Return the attention of the text after the last image to the visual rows.
 
         Args:
-            query: `[HQ, rows, D]` of this rank's heads.
+            query: `[HQ, t, D]` of this rank's heads, of the text rows.
             key: `[H, rows, D]`.
             scale: Factor of the logits.
         """
-        rows = query.shape[1]
-        text = torch.arange(rows - self.plan.prompt.num_text_after, rows, device=query.device)
-        score = instruction_attention(query[:, text], key, text, self.visual, scale=scale)
+        end = key.shape[1]
+        text = torch.arange(end - query.shape[1], end, device=query.device)
+        score = instruction_attention(query, key, text, self.visual, scale=scale)
         tp = get_tp_group()
         # every rank holds an equal share of the heads, so the mean of means is the mean
         return tp.all_reduce(score) / tp.world_size if tp.world_size > 1 else score
+
+
+def _mask(plan: AfterPrompt) -> Tensor:
+    visual = torch.zeros(plan.prompt.num_tokens, dtype=torch.bool)
+    for first, end in plan.prompt.visual_spans:
+        visual[first:end] = True
+    return visual

@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AfterPrompt(VisualPlan):
-    """Which tokens survive follows from the tensors of the whole prompt, prefilled in one step.
+    """Which tokens survive follows from the tensors of the whole prompt.
+
+    Stages after the first cut that drops any wait until the prompt is complete.
 
     Attributes:
         policy: Who chooses.
         prompt: Where the visual tokens are.
+        waiting_rows: Rows that may have to wait: the prompt's, and as many for each later layer
+            after which the model adds features to them.
     """
 
     policy: PromptPolicy
     prompt: PromptLayout
+    waiting_rows: int
 
     @property
     def dropped(self) -> tuple[DroppedAfterPrompt, ...]:
@@ -42,7 +47,8 @@ class SelectInputs:
     Attributes:
         keep: How many of the `N` current visual tokens must survive.
         num_visual: `N`, the visual tokens that reached this layer.
-        accumulated: `[N]` float32 sum of `PromptPolicy.observe` over the layers so far, or None.
+        accumulated: `[N]` float32 sum of the scores by `PromptPolicy.observe` over the layers so
+            far, or None.
         instruction_attention: Computes `[N]` float32, the mean attention of the prompt's text
             rows after the last image to the visual tokens, at the layer after the cut.
     """
@@ -54,7 +60,7 @@ class SelectInputs:
 
 
 class PromptPolicy(VisualPolicy):
-    """A visual method that chooses from the whole prompt, which is prefilled in one step."""
+    """A visual method that chooses from the whole prompt, however that is cut into chunks."""
 
     @abc.abstractmethod
     def select(self, inputs: SelectInputs) -> Tensor:
@@ -64,31 +70,37 @@ class PromptPolicy(VisualPolicy):
         """Layers whose sub-modules `observe` is shown, 0-based."""
         return range(0)
 
-    def observe(self, x_in: Tensor, x_out: Tensor, visual: Tensor) -> Tensor:
-        """Score one sub-module of an observed layer.
+    def observe(self, x_in: Tensor, x_out: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Score one sub-module of an observed layer, for a chunk of the prompt.
 
         Args:
-            x_in: `[n, C]` its input, after the norm.
+            x_in: `[n, C]` its input, after the norm; the prompt's rows of the step.
             x_out: `[n, C]` its output, before it is added to the residual.
             visual: `[n]` bool, which rows are visual.
 
         Returns:
-            `[n_visual]` float32; zeros add nothing to `SelectInputs.accumulated`.
+            `[n_visual]` and `[]` float32. A token's score is its number over the sum of the second
+            of all chunks; the number itself where that sum is 0.
         """
-        return x_in.new_zeros(int(visual.sum())).float()
+        return x_in.new_zeros(int(visual.sum())).float(), x_in.new_zeros(()).float()
 
     def count(self, prompt: PromptLayout, engine: EngineShape, cuts: Cuts) -> AfterPrompt:
         """Return the plan, which counts over the whole prompt.
 
         Raises:
-            PlanSkipped: The prompt is longer than a step.
+            PlanSkipped: More rows would have to wait than the engine has room for.
         """
-        if prompt.num_tokens > engine.max_num_batched_tokens:
+        kept = kept_per_stage(prompt.num_visual, cuts, engine)
+        # layers that run only when the prompt is complete, and get features from outside
+        waiting = [b for b, k in zip(engine.boundaries, kept, strict=True) if k < prompt.num_visual]
+        per_token = 1 + max(0, engine.num_late - waiting[0]) if waiting else 0
+        room = engine.max_num_waiting_tokens
+        if room is not None and prompt.num_tokens * per_token > room:
             raise PlanSkipped(
-                "prompt_exceeds_batch",
-                f"the prompt must have at most {engine.max_num_batched_tokens} tokens for "
-                f"pruning.visual.method {self.name}, which scores it in one step, got "
-                f"{prompt.num_tokens}; raise --max-num-batched-tokens or use another method",
+                "prompt_exceeds_waiting_tokens",
+                f"the prompt must have at most {room // per_token} tokens for "
+                f"pruning.visual.method {self.name}, which chooses once it is complete, got "
+                f"{prompt.num_tokens}; raise --max-num-waiting-tokens or use another method",
                 "pruning.visual.method",
             )
-        return AfterPrompt(self, cuts, kept_per_stage(prompt.num_visual, cuts, engine), prompt)
+        return AfterPrompt(self, cuts, kept, prompt, prompt.num_tokens * per_token)

@@ -41,8 +41,9 @@ _EPS = 1e-8  # the released code's guard of the rescaling
 class TransPrune(ScheduledPolicy, PromptPolicy):
     """Keep the top tokens by `alpha * TTV + (1 - alpha) * IGA`.
 
-    The scores need the whole prompt in one step, so the prompt may not be longer than the
-    engine's `max_num_batched_tokens`, and there must be text after the last image.
+    The scores need the whole prompt: layers after the first cut wait for it, and the prompt may
+    not be longer than the engine's `max_num_waiting_tokens`. There must be text after the last
+    image.
     """
 
     method: Literal["transprune"] = "transprune"
@@ -61,14 +62,12 @@ class TransPrune(ScheduledPolicy, PromptPolicy):
         first = max(1, min(scaled, cuts[0][0]))
         return range(first - 1, cuts[-1][0])
 
-    def observe(self, x_in: Tensor, x_out: Tensor, visual: Tensor) -> Tensor:
-        """Return TTV of one sub-module."""
-        from tokenprune.kernels import transition_scores
+    def observe(self, x_in: Tensor, x_out: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the terms of TTV of one sub-module."""
+        from tokenprune.kernels import transition_terms
 
         code = self.form == "code"
-        return transition_scores(
-            x_in, x_out, visual, signed=code, scope="all" if code else "visual"
-        )
+        return transition_terms(x_in, x_out, visual, signed=code, scope="all" if code else "visual")
 
     def select(self, inputs: SelectInputs) -> Tensor:
         """Return the top `keep` by the mixed score."""
