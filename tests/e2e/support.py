@@ -6,13 +6,14 @@ import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.oracle.asks import Answer, Ask, image
-from tokenprune.engine.launch import engine_arguments
+from tokenprune.engine.launch import EngineOptions, engine_arguments
 
 # summation order in a matrix product depends on the number of rows in the batch, also in stock
 # vLLM on a CPU; this bound is far below what one wrong row does
@@ -23,6 +24,9 @@ CRAMPED: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 6,
 }
+
+# arguments of our engine; all others are vLLM's
+OURS = tuple(field.name for field in fields(EngineOptions))
 
 _count = itertools.count()
 
@@ -44,10 +48,8 @@ class Engine:
             "disable_log_stats": True,
         }
         if pruning:
-            defaults |= engine_arguments(
-                prune_layers=arguments.pop("prune_layers", None),
-                allow_channel_pruning=arguments.pop("allow_channel_pruning", False),
-            )
+            ours = {name: arguments.pop(name) for name in OURS if name in arguments}
+            defaults |= engine_arguments(**ours)
         # matrices this small lose more to waiting threads than they gain, many times over on a busy
         # machine; once an engine runs, vLLM refuses another number
         if torch.get_num_threads() > 1:
