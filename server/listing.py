@@ -22,6 +22,7 @@ def policies_listing(engine: EngineShape, default: Axes) -> dict[str, Any]:
             "num_layers": engine.num_layers,
             "prune_layers": list(engine.prune_layers),
             "max_num_batched_tokens": engine.max_num_batched_tokens,
+            "max_num_waiting_tokens": engine.max_num_waiting_tokens,
             **{f"{name}_unsupported": engine.unsupported.get(name) for name in FEATURES},
             "allow_channel_pruning": engine.allow_channel_pruning,
             "head_size": engine.head_size,
