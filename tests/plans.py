@@ -14,10 +14,13 @@ from tokenprune.policies.visual.transprune import TransPrune
 from tokenprune.policies.visual.uniform import UniformVisual
 
 
-def lengths_of(num_prompt, dropped, eviction=None, packing=None):
-    """Lengths that drop, per stage, the positions of a tuple, or a count after the prompt."""
+def lengths_of(num_prompt, dropped, eviction=None, packing=None, first=0):
+    """Lengths that drop, per stage, the positions of a tuple, or a count after the prompt.
+
+    Where it is a count, tokens from position `first` on wait for the prompt.
+    """
     kinds = [
-        DroppedAfterPrompt(d, num_prompt) if isinstance(d, int) else DroppedPositions(d)
+        DroppedAfterPrompt(d, num_prompt, first) if isinstance(d, int) else DroppedPositions(d)
         for d in dropped
     ]
     return PhysicalLengths(num_prompt, tuple(kinds), eviction, packing)
@@ -33,8 +36,9 @@ def plan_of(lengths, *, visual=True, kv=None, channels=None):
     if visual and is_counted(lengths):
         kept = tuple(-d.count for d in lengths.dropped)
         prompt = PromptLayout(lengths.num_prompt_tokens)
-        waiting = 0 if lengths.first_waiting is None else prompt.num_tokens
-        part = AfterPrompt(TransPrune(), (), kept, prompt, waiting)
+        first = next(d.first for d in lengths.dropped)
+        waits = lengths.first_waiting is not None
+        part = AfterPrompt(TransPrune(), (), kept, prompt, first, int(waits))
     elif visual:
         positions = tuple(range(lengths.num_prompt_tokens))
         ranks = tuple(tuple(sorted(set(positions) - set(d.positions))) for d in lengths.dropped)

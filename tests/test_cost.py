@@ -41,8 +41,9 @@ def test_scores_cost_what_their_products_cost() -> None:
     prompt = PromptLayout(num_tokens=5, visual_spans=((1, 3),))
     policy = TransPrune(prune_layers=[1], keep_ratio=0.5)
     plan = policy.plan(prompt, engine)
-    # one layer of 5 tokens, two sub-modules; keys 5*8*4, queries 2*8*8, products 2*5*8
-    macs = 2 * 3 * 5 * 8 + 160 + 128 + 80
+    # one layer, two sub-modules, 4 tokens from the image on; of all 5 keys 5*8*4, queries 2*8*8,
+    # products 2*5*8
+    macs = 2 * 3 * 4 * 8 + 160 + 128 + 80
     assert policy.score_macs(plan, prompt, engine, TINY) == macs
     # a cut before the first layer observes nothing, and sees all tokens
     first = TransPrune(prune_layers=[0], keep_ratio=0.5)

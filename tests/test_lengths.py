@@ -47,7 +47,8 @@ def counted_plans(draw):
     layout = draw(layouts())
     counts = st.integers(0, layout.num_visual)
     dropped = sorted(draw(st.lists(counts, min_size=NUM_STAGES, max_size=NUM_STAGES)))
-    return layout, lengths_of(layout.num_tokens, dropped)
+    first = layout.visual_spans[0][0] if layout.visual_spans else 0
+    return layout, lengths_of(layout.num_tokens, dropped, first=draw(st.sampled_from([0, first])))
 
 
 def chunkings(total):
@@ -105,7 +106,8 @@ def test_a_stage_of_a_counted_plan_waits_for_the_prompt_if_it_drops_any(case):
     waiting = [stage for stage, dropped in enumerate(lengths.dropped) if dropped.count]
     assert lengths.first_waiting == (waiting[0] if waiting else None)
     for stage, dropped in enumerate(lengths.dropped):
-        expected = [0] * end if stage in waiting else list(range(end))
+        waits = stage in waiting
+        expected = [min(n, dropped.first) if waits else n for n in range(end)]
         assert [lengths.physical(n, stage) for n in range(end)] == expected
         after = [lengths.physical(n, stage) for n in range(end, end + 5)]
         assert after == list(range(end - dropped.count, end - dropped.count + 5))
@@ -259,8 +261,10 @@ def evictions(draw):
     keep = (draw(st.integers(1, lag)), draw(st.integers(1, lag)))
     eviction = Eviction(draw(st.integers(0, 6)), lag, keep, draw(st.booleans()))
     dropped = tuple(sorted(draw(st.sets(st.integers(0, prompt - 1), max_size=prompt - 1))))
-    # a count, which waits for the prompt, or the positions themselves
-    return lengths_of(prompt, draw(st.sampled_from([((), dropped), (0, len(dropped))])), eviction)
+    # a count, where tokens from `first` on wait for the prompt, or the positions themselves
+    first = draw(st.integers(0, prompt - len(dropped)))
+    kind = draw(st.sampled_from([((), dropped), (0, len(dropped))]))
+    return lengths_of(prompt, kind, eviction, first=first)
 
 
 def entered_in(lengths, stage, before, after):
@@ -270,7 +274,8 @@ def entered_in(lengths, stage, before, after):
         return sum(p not in dropped.positions for p in range(before, after))
     if dropped.count == 0 or before >= prompt:
         return after - before
-    return after - dropped.count if after >= prompt else 0
+    ahead = min(before, dropped.first)
+    return (after - dropped.count if after >= prompt else min(after, dropped.first)) - ahead
 
 
 def recursion(lengths, stage, steps):
@@ -282,7 +287,8 @@ def recursion(lengths, stage, steps):
         computed += step
         cache += entered
         peak = cache
-        if not eviction.after_prompt or computed >= lengths.num_prompt_tokens:
+        waits = is_counted(lengths) and lengths.dropped[stage].count > 0
+        if computed >= lengths.num_prompt_tokens or not (waits or eviction.after_prompt):
             partitions = (cache - done) // eviction.lag
             if partitions >= 2:
                 cache -= (partitions - 1) * (eviction.lag - eviction.keep[stage])

@@ -23,7 +23,8 @@ def test_a_plan_carries_the_lengths_of_its_axis(method):
     assert plan.visual.kept[-1] == 131 if method == "vflowopt" else 144
     assert plan.is_pruned
     assert plan.lengths == PhysicalLengths(600, plan.visual.dropped)
-    assert plan.waiting_rows == (600 if issubclass(methods("visual")[method], PromptPolicy) else 0)
+    waits = issubclass(methods("visual")[method], PromptPolicy)
+    assert [plan.waiting_rows(n) for n in (5, 6, 600)] == ([0, 1, 595] if waits else [0, 0, 0])
 
 
 def test_off_plans_nothing_and_skips_nothing():
@@ -32,7 +33,7 @@ def test_off_plans_nothing_and_skips_nothing():
     assert not plan.is_pruned
     assert plan.lengths.all_stages(77) == (77,) * plan.lengths.num_stages
     assert not plan.skipped
-    assert plan.waiting_rows == 0
+    assert plan.waiting_rows(600) == 0
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_off_plans_nothing_and_skips_nothing():
         pytest.param(PromptLayout(9, ((0, 9),)), ENGINE, "no_text_after_image", id="image-last"),
         pytest.param(
             PROMPT,
-            EngineShape(32, (0, 8), 4096, max_num_waiting_tokens=599),
+            EngineShape(32, (0, 8), 4096, max_num_waiting_tokens=594),
             "prompt_exceeds_waiting_tokens",
             id="longer-than-can-wait",
         ),
@@ -59,7 +60,7 @@ def test_what_cannot_be_pruned_is_skipped_with_its_reason(prompt, engine, reason
     assert reasons(plan) == {"visual": reason}
     assert not plan.is_pruned
     assert plan.lengths.all_stages(77) == (77,) * plan.lengths.num_stages
-    assert plan.waiting_rows == 0
+    assert plan.waiting_rows(600) == 0
 
 
 def test_a_prompt_whose_log_probs_are_wanted_keeps_all_its_rows():
@@ -137,9 +138,9 @@ ALL_UNSUPPORTED = EngineShape(
             {"visual": {"method": "transprune"}},
             PROMPT,
             EngineShape(32, (0, 8), 4096, max_num_waiting_tokens=500),
-            "the prompt must have at most 500 tokens for pruning.visual.method transprune, which "
-            "chooses once it is complete, got 600; raise --max-num-waiting-tokens or use another "
-            "method",
+            "the prompt must have at most 500 tokens from the first image on for "
+            "pruning.visual.method transprune, which chooses once it is complete, got 595; raise "
+            "--max-num-waiting-tokens or use another method",
             "pruning.visual.method",
             id="long-prompt",
         ),

@@ -80,27 +80,29 @@ class DroppedOfImages:
 class DroppedAfterPrompt:
     """Prompt tokens that a stage never holds; which ones is known once the prompt is complete.
 
-    Until then a stage that drops any holds nothing: its rows wait. A stage that drops none runs
-    with each chunk, like that of any other prompt.
+    Until then rows of a stage that drops any wait, from the first one on that the choice is about.
+    A stage that drops none runs with each chunk, like that of any other prompt.
 
     Attributes:
         count: How many.
         num_prompt_tokens: Prompt length.
+        first: Position of the first token that waits; none before it is dropped.
     """
 
     count: int
     num_prompt_tokens: int
+    first: int = 0
 
     @property
     def waits(self) -> bool:
-        """Whether the stage begins only when the prompt is complete."""
+        """Whether rows wait before this stage until the prompt is complete."""
         return self.count > 0
 
     def before(self, num_computed: int) -> int:
         """Return how many of the first `num_computed` tokens are dropped, or wait."""
         if num_computed >= self.num_prompt_tokens:
             return self.count
-        return num_computed if self.waits else 0
+        return max(0, num_computed - self.first) if self.waits else 0
 
 
 Dropped = DroppedPositions | DroppedOfImages | DroppedAfterPrompt
@@ -186,7 +188,7 @@ class PhysicalLengths:
 
     @property
     def first_waiting(self) -> int | None:
-        """First stage that begins only when the prompt is complete; so do those after it."""
+        """First stage before which rows wait until the prompt is complete."""
         return next((s for s in range(self.num_stages) if self._waits(s)), None)
 
     def _waits(self, stage: int) -> bool:
@@ -205,7 +207,11 @@ class PhysicalLengths:
     def partitions_cut(self, num_computed: int, stage: int) -> int:
         """Return how many partitions of `stage` are cut down after `num_computed` tokens."""
         eviction = self.eviction
-        if eviction is None or (eviction.after_prompt and num_computed < self.num_prompt_tokens):
+        if eviction is None:
+            return 0
+        # tokens before those that wait are looked at once more when the prompt is complete
+        whole = eviction.after_prompt or self._waits(stage)
+        if whole and num_computed < self.num_prompt_tokens:
             return 0
         return max(0, (self.written(num_computed, stage) - eviction.sink) // eviction.lag - 1)
 

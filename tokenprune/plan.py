@@ -59,10 +59,10 @@ class RequestPlan:
         """True when at least one axis is applied."""
         return any(self.part(axis) is not None for axis in AXES)
 
-    @property
-    def waiting_rows(self) -> int:
-        """Rows that may have to wait until the prompt is complete; 0 where none do."""
-        return self.visual.waiting_rows if isinstance(self.visual, AfterPrompt) else 0
+    def waiting_rows(self, num_computed: int) -> int:
+        """Return the rows that wait for the prompt once `num_computed` tokens are computed."""
+        visual = self.visual
+        return visual.waiting_rows(num_computed) if isinstance(visual, AfterPrompt) else 0
 
     @property
     def query_window(self) -> int:

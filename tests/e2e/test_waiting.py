@@ -1,4 +1,4 @@
-"""Methods that choose from the whole prompt take it in chunks like any other, and hold nobody up."""
+"""Methods that choose from the whole prompt take it in chunks like any other; nobody waits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.oracle.asks import COMPARE, DESCRIBE, TEXT, Ask, channels, kv, visual
 pytestmark = pytest.mark.vllm
 
 LONG = "USER: <image>\nand\n<image>\nand\n<image>\nand\n<image>\nWhich one is it?\nASSISTANT:"
+AFTER_TEXT = "SYSTEM: " + "You look at pictures and answer. " * 6 + DESCRIBE
 # steps of 37 tokens end in the middle of pictures and of the question after the last one
 CHUNKS: dict[str, Any] = {
     "max_num_batched_tokens": 37,
@@ -31,6 +32,9 @@ ASKS = [
     Ask(DESCRIBE, (4,), visual("transprune", 0.01, prune_layers=[5])),
     Ask(DESCRIBE, (4,), visual("transprune", 1.0)),
     Ask(LONG, (1, 2, 3, 4), visual("transprune", 0.1), 12),
+    # text goes ahead, and its keys are read again in the cache
+    Ask(AFTER_TEXT, (5,), visual("transprune", 0.2)),
+    Ask(AFTER_TEXT, (5,), visual("transprune", 0.2, prune_layers=[0, 5]) | kv("lagkv", 0.5)),
     # the released code evicts what a chunk leaves; only at the prompt's end chunks do not matter
     Ask(COMPARE, (1, 2), visual("transprune") | kv("lagkv", when="prompt_end"), 24),
     Ask(COMPARE, (1, 2), visual("transprune", 0.5) | channels() | kv("streaming", 0.5), 24),

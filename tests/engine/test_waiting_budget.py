@@ -1,4 +1,4 @@
-"""Which prompts may begin, and how many may end in one step, where their rows wait in the worker."""
+"""Which prompts may begin, and how many may end in one step, where rows wait for them."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,11 @@ def request(name, rows, prompt, computed=0):
 
 
 def budget(*requests):
-    plans = {r.request_id: SimpleNamespace(waiting_rows=r.rows) for r in requests if r.rows}
+    plans = {
+        r.request_id: SimpleNamespace(waiting_rows=lambda n, rows=r.rows: min(n, rows))
+        for r in requests
+        if r.rows
+    }
     return WaitingBudget(plans, ROOM, STEP)
 
 

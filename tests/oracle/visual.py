@@ -67,7 +67,12 @@ class Pruned:
 
 
 def ttv(x_in: Tensor, x_out: Tensor, visual: Tensor, form: str) -> Tensor:
-    """Return how much one part of a layer turned and stretched each visual row: `[num_visual]`."""
+    """Return how much one part of a layer turned and stretched each visual row: `[num_visual]`.
+
+    Text before the first visual row takes no part.
+    """
+    first = int(visual.nonzero()[0])
+    x_in, x_out, visual = x_in[first:], x_out[first:], visual[first:]
     stretch = x_out.norm(dim=1) / x_in.norm(dim=1)
     cos = (x_in * x_out).sum(1) / (x_in.norm(dim=1) * x_out.norm(dim=1))
     if form == "code":

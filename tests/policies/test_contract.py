@@ -289,7 +289,7 @@ def test_a_choice_by_tensors_is_counted_not_named(cls):
     # before the whole prompt is there, stages that drop any wait
     lengths = lengths_of(plan, PROMPT)
     waiting = [k < 576 for k in plan.kept]
-    assert lengths.all_stages(599) == tuple(0 if w else 599 for w in waiting)
+    assert lengths.all_stages(599) == tuple(5 if w else 599 for w in waiting)
     assert lengths.first_waiting == waiting.index(True)
 
 
@@ -363,29 +363,35 @@ def test_one_text_token_after_the_image_is_enough(cls):
 
 @pytest.mark.parametrize("cls", WHOLE)
 def test_a_prompt_that_must_be_whole_has_room_to_wait_or_is_skipped(cls):
-    # whatever a step holds
-    prompt, engine = without(max_num_waiting_tokens=600, max_num_batched_tokens=16)
+    # whatever a step holds, and but for the text before the image
+    prompt, engine = without(max_num_waiting_tokens=595, max_num_batched_tokens=16)
     plan = cls(keep_ratio=0.5).plan(prompt, engine)
-    assert (plan.kept[-1], plan.waiting_rows) == (288, 600)
+    assert (plan.kept[-1], plan.waiting_rows(600)) == (288, 595)
     with pytest.raises(PlanSkipped, match="prompt_exceeds_waiting_tokens") as skipped:
-        cls().plan(*without(max_num_waiting_tokens=599))
-    assert "at most 599 tokens" in skipped.value.skipped.message
+        cls().plan(*without(max_num_waiting_tokens=594))
+    assert "at most 594 tokens from the first image on" in skipped.value.skipped.message
     assert "--max-num-waiting-tokens" in skipped.value.skipped.message
 
 
 @pytest.mark.parametrize("cls", WHOLE)
-def test_features_that_come_late_wait_with_their_rows(cls):
-    def plan(num_late, room, **policy):
-        changes = {"num_late": num_late, "max_num_waiting_tokens": room}
-        return cls(**policy).plan(*without(**changes))
+def test_text_before_the_image_waits_too_where_its_keys_cannot_be_read_again(cls):
+    plan = cls(keep_ratio=0.5).plan(*without(unsupported={"kv": "why"}))
+    assert plan.waiting_rows(600) == 600
 
-    assert plan(8, 600, prune_layers=[8], keep_ratio=0.5).waiting_rows == 600
-    assert plan(3, 2400, prune_layers=[0], keep_ratio=0.5).waiting_rows == 2400
-    assert plan(3, 600, prune_layers=[0, 8], keep_ratios=[1, 0.5]).waiting_rows == 600
-    assert plan(3, 0, prune_layers=[0], keep_ratios=[1]).waiting_rows == 0
+
+@pytest.mark.parametrize("cls", WHOLE)
+def test_features_that_come_late_wait_with_their_rows(cls):
+    def waiting(num_late, **policy):
+        changes = {"num_late": num_late, "max_num_waiting_tokens": 2380}
+        return cls(**policy).plan(*without(**changes)).waiting_rows(600)
+
+    assert waiting(8, prune_layers=[8], keep_ratio=0.5) == 595
+    assert waiting(3, prune_layers=[0], keep_ratio=0.5) == 4 * 595
+    assert waiting(3, prune_layers=[0, 8], keep_ratios=[1, 0.5]) == 595
+    assert waiting(3, prune_layers=[0], keep_ratios=[1]) == 0
     with pytest.raises(PlanSkipped) as skipped:
-        plan(3, 2399, prune_layers=[0], keep_ratio=0.5)
-    assert "at most 599 tokens" in skipped.value.skipped.message
+        waiting(4, prune_layers=[0], keep_ratio=0.5)
+    assert "at most 476 tokens" in skipped.value.skipped.message
 
 
 @pytest.mark.parametrize("cls", KNOWN)

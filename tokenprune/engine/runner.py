@@ -144,6 +144,8 @@ class PruningModelRunner(GPUModelRunner):
         layers = cache_layers(
             self.kv_cache_config, self._groups, self._attention_layers, self.block_tables
         )
+        if self._staged is not None:
+            self._staged.caches = {layer.attention: layer for layer in layers}
         packs = self.shape.allow_channel_pruning and "channels" not in self.shape.unsupported
         scores_by_queries = any(
             issubclass(cls, KVPolicy) and cls.looks_at_queries for cls in methods("kv").values()

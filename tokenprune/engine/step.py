@@ -51,7 +51,8 @@ class PrunedRequest:
 
     def waits(self, num_computed: int) -> bool:
         """Return whether later stages wait for the rest of the prompt."""
-        return self.plan.waiting_rows > 0 and num_computed < self.layout.num_tokens
+        waiting = self.plan.waiting_rows(num_computed) > 0
+        return waiting and num_computed < self.layout.num_tokens
 
     def needs_no_graph(self, before: int, after: int) -> bool:
         """Return whether the step from `before` to `after` tokens cannot be a CUDA graph."""

@@ -55,22 +55,24 @@ class WaitingBudget:
         already, and all of them would be more than a step's tokens, its last one is left.
         """
         left = request.num_prompt_tokens - num_computed
-        waits = 0 < left <= num_new and self._rows(request) > 0
-        if waits and self._returning > 0 and self._returning + num_computed > self._max_step:
-            return left - 1
+        if 0 < left <= num_new and self._returning > 0:
+            waiting = self._plan_rows(request, num_computed)
+            if waiting > 0 and self._returning + waiting > self._max_step:
+                return left - 1
         return num_new
 
     def count(self, request: Request, num_computed: int, num_new: int) -> None:
         """Count a chunk that was scheduled."""
-        if self._rows(request) and 0 <= num_computed < request.num_prompt_tokens <= (
-            num_computed + num_new
-        ):
+        if num_computed < request.num_prompt_tokens <= num_computed + num_new:
             self._ending.add(request.request_id)
-            self._returning += num_computed
+            self._returning += self._plan_rows(request, num_computed)
 
     def _rows(self, request: Request) -> int:
-        """Return the rows that a request holds until its prompt is complete."""
-        plan = self._plans.get(request.request_id)
-        if plan is None or request.num_computed_tokens >= request.num_prompt_tokens:
+        """Return the rows that a request may come to hold until its prompt is complete."""
+        if request.num_computed_tokens >= request.num_prompt_tokens:
             return 0
-        return plan.waiting_rows
+        return self._plan_rows(request, request.num_prompt_tokens)
+
+    def _plan_rows(self, request: Request, num_computed: int) -> int:
+        plan = self._plans.get(request.request_id)
+        return 0 if plan is None else plan.waiting_rows(num_computed)

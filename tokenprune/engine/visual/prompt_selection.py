@@ -30,11 +30,15 @@ class PromptSelection:
         plan: How many stay.
         first_waiting: First stage that waits for the whole prompt.
         observed: Layers whose sub-modules the policy is shown.
+        num_cached: Tokens of the text before the first image that earlier steps computed.
+        num_before: Rows of the step that are such text; always kept.
         ends_prompt: Whether this chunk completes the prompt.
         rows_after_prompt: Rows of tokens generated before a preemption; always kept.
         guard: Asks the policy.
         waiting: What earlier chunks left.
-        visual: `[rows]` bool over the request's prompt rows at the stage at work.
+        visual: `[rows]` bool over the request's prompt rows at the stage at work, from the first
+            one on that may wait.
+        num_text_first: How many of them come before the first visual one.
         num_visual: How many of them are visual.
         is_aside: Whether the rows of this chunk wait; one stands in for them.
         is_complete: Whether all rows of the prompt are there.
@@ -46,11 +50,14 @@ class PromptSelection:
     plan: AfterPrompt
     first_waiting: int
     observed: range
+    num_cached: int
+    num_before: int
     ends_prompt: bool
     rows_after_prompt: int
     guard: PolicyGuard
     waiting: WaitingPrompt
     visual: Tensor
+    num_text_first: int
     num_visual: int
     is_aside: bool = False
     is_complete: bool = False
@@ -70,33 +77,37 @@ class PromptSelection:
         guard: PolicyGuard,
     ) -> Self:
         """Return the selection among the rows of a chunk."""
-        assert len(waiting.rows) == chunk.start, "every earlier row of the prompt must wait"
-        end = plan.prompt.num_tokens
-        visual = _mask(plan)[chunk.start : chunk.stop]
+        end, first = plan.prompt.num_tokens, plan.first
+        assert len(waiting.rows) == max(0, chunk.start - first), "every earlier row must wait"
+        visual = _mask(plan)[max(0, chunk.start - first) : chunk.stop - first]
         return cls(
             index=index,
             plan=plan,
             first_waiting=first_waiting,
             observed=plan.policy.observed_layers(shape),
+            num_cached=min(chunk.start, first),
+            num_before=max(0, first - chunk.start),
             ends_prompt=chunk.stop >= end,
             rows_after_prompt=max(0, chunk.stop - end),
             guard=guard,
             waiting=waiting,
             visual=visual.to(device),
+            num_text_first=max(0, plan.prompt.visual_spans[0][0] - max(chunk.start, first)),
             num_visual=int(visual.sum()),
         )
 
     @property
     def num_prompt_rows(self) -> int:
-        """Prompt rows at the stage at work."""
+        """Prompt rows at the stage at work, from the first one on that may wait."""
         return self.visual.shape[0]
 
     def observe(self, x_in: Tensor, x_out: Tensor) -> None:
         """Take in a sub-module, `[num_prompt_rows, C]` in and out."""
         policy, shape = self.plan.policy, (self.num_visual,)
+        scope = slice(self.num_text_first, None)
 
         def compute() -> tuple[Tensor, Tensor]:
-            numbers, total = policy.observe(x_in, x_out, self.visual)
+            numbers, total = policy.observe(x_in[scope], x_out[scope], self.visual[scope])
             return checked(numbers, shape), checked(total, ())
 
         def instead() -> tuple[Tensor, Tensor]:
@@ -124,6 +135,7 @@ class PromptSelection:
         """Go on with all rows of the prompt: those that waited, then this chunk's."""
         self.is_complete = True
         self.visual = _mask(self.plan).to(self.visual.device)
+        self.num_text_first = self.plan.prompt.visual_spans[0][0] - self.plan.first
         self.num_visual = self.plan.prompt.num_visual
         for chunks in zip(*self.waiting.terms, self.terms, strict=True):
             self._add(chunks)
@@ -159,31 +171,32 @@ class PromptSelection:
         if self.accumulated is not None:
             self.accumulated = self.accumulated[kept]
         self.visual, self.num_visual = self.visual[alive], keep
-        survivors = alive.nonzero().squeeze(1)
-        if self.rows_after_prompt:
-            end = len(alive) + self.rows_after_prompt
-            tail = torch.arange(len(alive), end, device=alive.device)
-            survivors = torch.cat([survivors, tail])
-        return survivors
+        end = self.num_before + len(alive)
+        before = torch.arange(self.num_before, device=alive.device)
+        after = torch.arange(end, end + self.rows_after_prompt, device=alive.device)
+        return torch.cat([before, alive.nonzero().squeeze(1) + self.num_before, after])
 
     def attention_of_text(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Return the attention of the text after the last image to the visual rows.
 
         Args:
             query: `[HQ, t, D]` of this rank's heads, of the text rows.
-            key: `[H, rows, D]`.
+            key: `[H, rows, D]`, those of text before the first image too.
             scale: Factor of the logits.
         """
         end = key.shape[1]
         text = torch.arange(end - query.shape[1], end, device=query.device)
-        score = instruction_attention(query, key, text, self.visual, scale=scale)
+        before = self.visual.new_zeros(end - self.num_prompt_rows)
+        visual = torch.cat([before, self.visual])
+        score = instruction_attention(query, key, text, visual, scale=scale)
         tp = get_tp_group()
         # every rank holds an equal share of the heads, so the mean of means is the mean
         return tp.all_reduce(score) / tp.world_size if tp.world_size > 1 else score
 
 
 def _mask(plan: AfterPrompt) -> Tensor:
+    """Return `[rows]` which rows of the prompt are visual, from the first one on that may wait."""
     visual = torch.zeros(plan.prompt.num_tokens, dtype=torch.bool)
     for first, end in plan.prompt.visual_spans:
         visual[first:end] = True
-    return visual
+    return visual[plan.first :]

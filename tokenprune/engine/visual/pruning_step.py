@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,9 @@ class PruningStep:
         step: The step.
         max_rows: Rows that are scored at once.
         pool: Where rows wait for their prompt.
-        probe: Reads queries and keys.
+        probe: Reads queries and keys of rows.
+        cached_keys: Reads the first `n` keys of a request, by its row in vLLM's tables, in the
+            cache of an attention layer, `[H, n, D]`.
         device: The worker's device.
         stats: Where operations are timed.
 
@@ -44,6 +46,7 @@ class PruningStep:
         max_rows: int,
         pool: RowPool,
         probe: QueryKeyProbe,
+        cached_keys: Callable[[Any, int, int], Tensor],
         device: torch.device,
         stats: WorkerStats,
     ) -> None:
@@ -54,6 +57,8 @@ class PruningStep:
         self._max_rows = max_rows
         self._pool = pool
         self._probe = probe
+        self._cached_keys = cached_keys
+        self._indices = step.indices
         self._device = device
         self._stats = stats
         # per request whose rows are known before the first layer, its rows at each stage
@@ -88,7 +93,7 @@ class PruningStep:
         for selection in self.prompts.values():
             if layer not in selection.observed or selection.is_aside:
                 continue
-            begin = int(starts[selection.index])
+            begin = int(starts[selection.index]) + selection.num_before
             rows = slice(begin, begin + selection.num_prompt_rows)
             with self._stats.time(Op.OBSERVE):
                 selection.observe(x_in[rows], x_out[rows])
@@ -105,7 +110,8 @@ class PruningStep:
         for selection in self.prompts.values():
             if selection.is_aside:
                 # rows that wait are zero in the step, so what is there now was added
-                rows = hidden[int(starts[selection.index]) : int(starts[selection.index + 1])]
+                begin = int(starts[selection.index]) + selection.num_before
+                rows = hidden[begin : int(starts[selection.index + 1])]
                 selection.waiting.late[layer] += self._pool.store(rows)
         late = [
             self._pool.read(selection.waiting.late[layer])
@@ -120,7 +126,7 @@ class PruningStep:
     ) -> tuple[dict[str, Any], dict[int, Tensor]]:
         """Put rows of prompts aside that are not complete, and append those of prompts that are.
 
-        Of the former one row is appended, which stands in for all of them.
+        Of the former one row is appended, which stands in for all of them where no other goes on.
 
         Returns:
             The inputs with appended rows, and per place the rows of its request among them.
@@ -129,25 +135,23 @@ class PruningStep:
         end = len(inputs[HIDDEN])
         appended, positions, moved = [], [], {}
         for selection in selections:
-            here = torch.arange(
-                int(starts[selection.index]),
-                int(starts[selection.index + 1]),
-                device=self._device,
-            )
+            begin, stop = int(starts[selection.index]), int(starts[selection.index + 1])
+            here = torch.arange(begin, stop, device=self._device)
+            before, here = here[: selection.num_before], here[selection.num_before :]
             if selection.ends_prompt:
                 rows = self._pool.read(selection.waiting.rows)
                 positions += selection.waiting.positions
                 selection.take_up()
             else:
-                rows, here = _summed(inputs, here), here[:0]
-                at = inputs[POSITIONS][..., int(starts[selection.index]) :][..., : len(rows)]
-                selection.put_aside(self._pool.store(rows), at.clone())
-                rows, at = rows[:1], at[..., :1]
-                positions.append(at)
+                rows, at = _summed(inputs, here), inputs[POSITIONS][..., here]
+                selection.put_aside(self._pool.store(rows), at)
+                stand_in = slice(0 if len(before) else 1)
+                rows, here = rows[stand_in], here[:0]
+                positions.append(at[..., stand_in])
             appended.append(rows)
             self._appended.append((selection, len(rows)))
             there = torch.arange(end, end + len(rows), device=self._device)
-            moved[selection.index] = torch.cat([there, here])
+            moved[selection.index] = torch.cat([before, there, here])
             end += len(rows)
         if end > len(inputs[HIDDEN]):
             inputs = self.rows.append(inputs, torch.cat(appended), torch.cat(positions, dim=-1))
@@ -185,13 +189,18 @@ class PruningStep:
     ) -> Tensor:
         def attention() -> Tensor:
             queries, keys = [], []
-            for part in torch.split(rows[: selection.num_prompt_rows], self._max_rows):
+            if selection.num_cached:
+                index = int(self._indices[selection.index])
+                keys.append(self._cached_keys(layer.core, index, selection.num_cached))
+            num_rows = selection.num_before + selection.num_prompt_rows
+            for part in torch.split(rows[:num_rows], self._max_rows):
                 # gathered, so the layer may overwrite them
                 query, key = self._probe.read(layer, gathered(inputs, part))
                 queries.append(query)
                 keys.append(key)
             text = selection.plan.prompt.num_text_after
-            query, key = torch.cat(queries, dim=1)[:, -text:], torch.cat(keys, dim=1)
+            query = torch.cat(queries, dim=1)[:, -text:]
+            key = torch.cat([k.to(query.dtype) for k in keys], dim=1)
             with self._stats.time(Op.INSTRUCTION_ATTENTION):
                 return selection.attention_of_text(query, key, float(layer.core.impl.scale))
 

@@ -12,14 +12,16 @@ compiled and CUDA-graph execution are untouched.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 
 from tokenprune.engine.families.base import Decoder, DecoderLayer
 from tokenprune.engine.guard import PolicyGuard
+from tokenprune.engine.kv.cache_layers import CacheLayer
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PrunedStep
 from tokenprune.engine.visual.image_scores import ImageScorer
@@ -45,6 +47,9 @@ class StagedPrefill:
         device: The worker's device.
         stats: Where operations are timed.
         scorer: Scores images, or None where the vision tower cannot be read.
+
+    Attributes:
+        caches: By vLLM's attention layer its KV cache, where that can be read.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class StagedPrefill:
         self._guard = PolicyGuard(stats)
         self._pool = pool
         self._waiting = WaitingPrompts(pool)
+        self.caches: Mapping[Any, CacheLayer] = {}
         self._step: PruningStep | None = None
         self._probe = QueryKeyProbe(list(decoder.layers))
         model.register_forward_pre_hook(self._skip_compiled)
@@ -86,6 +92,7 @@ class StagedPrefill:
             self._shape.max_num_batched_tokens,
             self._pool,
             self._probe,
+            self._cached_keys,
             self._device,
             self._stats,
         )
@@ -103,11 +110,14 @@ class StagedPrefill:
                             place, plan, request.request_id, chunk, self._scorer, self._guard
                         )
                     )
-                case AfterPrompt() as plan if request.lengths.first_waiting is not None:
+                case AfterPrompt() as plan:
+                    first_waiting = request.lengths.first_waiting
+                    if first_waiting is None or after <= plan.first:
+                        continue
                     pruning.prompts[place] = PromptSelection.of(
                         place,
                         plan,
-                        request.lengths.first_waiting,
+                        first_waiting,
                         chunk,
                         self._waiting.of(int(step.indices[place])),
                         self._shape,
@@ -139,6 +149,11 @@ class StagedPrefill:
         if self._step is not None and self._scorer is not None:
             for selection in self._step.images:
                 selection.score(self._scorer)
+
+    def _cached_keys(self, core: Any, index: int, count: int) -> Tensor:
+        layer = self.caches[core]
+        key, _ = layer.layout.read(layer.cache, layer.blocks[index], 0, count)
+        return key
 
     def _skip_compiled(self, module: nn.Module, args: Any) -> None:
         if self._step is not None and not torch.compiler.is_compiling():

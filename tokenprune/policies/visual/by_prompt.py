@@ -20,24 +20,32 @@ if TYPE_CHECKING:
 class AfterPrompt(VisualPlan):
     """Which tokens survive follows from the tensors of the whole prompt.
 
-    Stages after the first cut that drops any wait until the prompt is complete.
+    At the first cut that drops any, rows wait until the prompt is complete.
 
     Attributes:
         policy: Who chooses.
         prompt: Where the visual tokens are.
-        waiting_rows: Rows that may have to wait: the prompt's, and as many for each later layer
-            after which the model adds features to them.
+        first: Position of the first token that waits; text before it does not depend on the choice.
+        rows_per_token: Rows that a waiting token takes: one, and one for each later layer after
+            which the model adds features to it; 0 where nothing is dropped.
     """
 
     policy: PromptPolicy
     prompt: PromptLayout
-    waiting_rows: int
+    first: int
+    rows_per_token: int
+
+    def waiting_rows(self, num_computed: int) -> int:
+        """Return the rows that wait once `num_computed` tokens are, the last of them too."""
+        return max(0, num_computed - self.first) * self.rows_per_token
 
     @property
     def dropped(self) -> tuple[DroppedAfterPrompt, ...]:
         """Per engine stage, how many are not kept."""
         total = self.prompt.num_visual
-        return tuple(DroppedAfterPrompt(total - k, self.prompt.num_tokens) for k in self.kept)
+        return tuple(
+            DroppedAfterPrompt(total - k, self.prompt.num_tokens, self.first) for k in self.kept
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,8 @@ class PromptPolicy(VisualPolicy):
         """Score one sub-module of an observed layer, for a chunk of the prompt.
 
         Args:
-            x_in: `[n, C]` its input, after the norm; the prompt's rows of the step.
+            x_in: `[n, C]` its input, after the norm; the prompt's rows of the step from the first
+                visual one on, so that what comes of it does not depend on text that was cached.
             x_out: `[n, C]` its output, before it is added to the residual.
             visual: `[n]` bool, which rows are visual.
 
@@ -94,13 +103,17 @@ class PromptPolicy(VisualPolicy):
         # layers that run only when the prompt is complete, and get features from outside
         waiting = [b for b, k in zip(engine.boundaries, kept, strict=True) if k < prompt.num_visual]
         per_token = 1 + max(0, engine.num_late - waiting[0]) if waiting else 0
+        # keys of text that has gone ahead are read in the KV cache again
+        first = 0 if "kv" in engine.unsupported else prompt.visual_spans[0][0]
+        plan = AfterPrompt(self, cuts, kept, prompt, first, per_token)
         room = engine.max_num_waiting_tokens
-        if room is not None and prompt.num_tokens * per_token > room:
+        if room is not None and plan.waiting_rows(prompt.num_tokens) > room:
             raise PlanSkipped(
                 "prompt_exceeds_waiting_tokens",
-                f"the prompt must have at most {room // per_token} tokens for "
-                f"pruning.visual.method {self.name}, which chooses once it is complete, got "
-                f"{prompt.num_tokens}; raise --max-num-waiting-tokens or use another method",
+                f"the prompt must have at most {room // per_token} tokens from the first image on "
+                f"for pruning.visual.method {self.name}, which chooses once it is complete, got "
+                f"{prompt.num_tokens - first}; raise --max-num-waiting-tokens or use another "
+                "method",
                 "pruning.visual.method",
             )
-        return AfterPrompt(self, cuts, kept, prompt, prompt.num_tokens * per_token)
+        return plan

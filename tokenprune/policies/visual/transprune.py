@@ -10,12 +10,13 @@ Two scores are mixed at each cut:
 
 Source: Li et al. 2025, arXiv 2507.20630, eq. 2 to 7; code liaolea/TransPrune@c9e8284. We follow
 the code by default, because the published numbers come from it: direction `1 - cos`, softmax
-over all tokens of the prompt, both scores divided by their sum before mixing. `form: "paper"`
+over all tokens, both scores divided by their sum before mixing. `form: "paper"`
 gives `1 - |cos|`, softmax over the visual tokens, no rescaling.
 
 Where we leave the code: positions stay original (the code closes them up after each cut, so
 later layers see shifted RoPE positions); scores are float32 (the code: model dtype); several
-images form one candidate set (the code tracks the first image only).
+images form one candidate set (the code tracks the first image only); and the softmax begins at the
+first visual token, so that a choice is the same whether text before it was cached or not.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ class TransPrune(ScheduledPolicy, PromptPolicy):
     ) -> int:
         """Return the multiply-accumulates of both scores, for one prompt.
 
-        TTV takes one dot product and two norms per token and sub-module of an observed layer,
-        `3 n C`. IGA takes, at each cut, keys of all `n` tokens, queries of the `t` text rows after
-        the last image, and their products.
+        TTV takes one dot product and two norms per token from the first image on and sub-module
+        of an observed layer, `3 n C`. IGA takes, at each cut, keys of all `n` tokens, queries of
+        the `t` text rows after the last image, and their products.
         """
         text = prompt.num_tokens - prompt.num_visual
 
@@ -98,7 +99,10 @@ class TransPrune(ScheduledPolicy, PromptPolicy):
             return text + plan.kept[engine.stage_of(layer)]
 
         width, rows = model.hidden_size, prompt.num_text_after
-        transitions = sum(2 * 3 * tokens_at(b) * width for b in self.observed_layers(engine))
+        before = prompt.visual_spans[0][0]
+        transitions = sum(
+            2 * 3 * (tokens_at(b) - before) * width for b in self.observed_layers(engine)
+        )
         attention = 0
         for layer, _ in plan.cuts:
             n = tokens_at(layer - 1) if layer else prompt.num_tokens
