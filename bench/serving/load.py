@@ -139,7 +139,7 @@ async def _load(
 
         async def work() -> None:
             for messages, pruning in waiting:
-                answers.append(await _ask(client, messages, pruning, num_tokens))
+                answers.append(await ask(client, messages, pruning, num_tokens))
 
         async def poll() -> None:
             while True:
@@ -161,9 +161,14 @@ async def _load(
     return Burst(seconds, answers, max(readings))
 
 
-async def _ask(
-    client: AsyncOpenAI, messages: Any, pruning: dict[str, Any] | None, num_tokens: int
+async def ask(
+    client: AsyncOpenAI,
+    messages: Any,
+    pruning: dict[str, Any] | None,
+    num_tokens: int,
+    began: asyncio.Event | None = None,
 ) -> Answer:
+    """Return the streamed answer to one request; `began` is set with its first token."""
     times, tokens, usage = [time.perf_counter()], [], {}
     stream = await client.chat.completions.create(
         model=MODEL,
@@ -186,6 +191,8 @@ async def _ask(
         if new:
             times.append(time.perf_counter())
             tokens += new
+            if began is not None:
+                began.set()
     gaps = [round(1e3 * (b - a), 2) for a, b in pairwise(times)]
     applied = ((usage.get("pruning") or {}).get("applied") or {}).get("visual")
     return Answer(gaps[0], gaps[1:], tokens, applied, usage["prompt_tokens"])
