@@ -164,7 +164,7 @@ async def _load(
 async def _ask(
     client: AsyncOpenAI, messages: Any, pruning: dict[str, Any] | None, num_tokens: int
 ) -> Answer:
-    times, tokens, usage = [time.perf_counter()], [], {}
+    times, tokens, usage, words = [time.perf_counter()], [], {}, {}
     stream = await client.chat.completions.create(
         model=MODEL,
         messages=messages,
@@ -182,12 +182,13 @@ async def _ask(
     async for chunk in stream:
         if chunk.usage is not None:
             usage = chunk.usage.model_dump()
+            words = (chunk.model_extra or {}).get("pruning") or {}
         new = chunk.choices[0].model_dump().get("token_ids") if chunk.choices else None
         if new:
             times.append(time.perf_counter())
             tokens += new
     gaps = [round(1e3 * (b - a), 2) for a, b in pairwise(times)]
-    applied = ((usage.get("pruning") or {}).get("applied") or {}).get("visual")
+    applied = (words.get("applied") or {}).get("visual")
     return Answer(gaps[0], gaps[1:], tokens, applied, usage["prompt_tokens"])
 
 
