@@ -1,8 +1,9 @@
 """Admits or refuses: plans each prompt before it is sent to the engine.
 
 It stands where the placeholders of the images are already known and nothing has been sent to the
-client yet, so a refusal is still a plain HTTP 400, also for a streaming request. It is also the
-one place that applies the server's default: the engine prunes what its keys say, and no more.
+client yet, so a refusal is still a plain HTTP 400, also for a streaming request. It is also where
+what a request asks for, or the server's default, becomes the keys that the engine reads: the
+engine prunes what they say, and no more.
 """
 
 from __future__ import annotations
@@ -11,21 +12,31 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
 from tokenprune.engine.prompts import VISUAL_MODALITIES, prompt_layout, wants_prompt_logprobs
+from tokenprune.errors import PolicyError
 from tokenprune.lengths import PromptLayout
-from tokenprune.plan import make_default_plan, make_plan
-from tokenprune.request import Axes, asked, flatten
-from tokenprune.server.usage import PromptRecord, current_record
+from tokenprune.plan import RequestPlan, make_default_plan, make_plan
+from tokenprune.request import FLAT_PREFIX, FLAT_PRESET, flatten, parse_flat
+from tokenprune.server.usage import PromptRecord, RequestRecord, current_record
 from tokenprune.shape import EngineShape
+
+
+class PruningRefusedError(VLLMValidationError):
+    """A refused request; vLLM answers it with HTTP 400 and `param`."""
+
+    def __str__(self) -> str:
+        # vLLM's form repeats the parameter after the message, which names it already
+        return str(self.args[0])
 
 
 class PlanningClient:
     """Stands in for the engine client of one serving object; everything else is forwarded."""
 
-    def __init__(self, client: Any, engine: EngineShape, default: Axes) -> None:
+    def __init__(self, client: Any, engine: EngineShape) -> None:
         self._client = client
         self._engine = engine
-        self._default = default
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -34,35 +45,43 @@ class PlanningClient:
         """Plan the prompt, then call the engine; a plain function, so it raises at once.
 
         Raises:
-            PolicyError: The request asks for something this engine or prompt cannot have.
+            PruningRefusedError: The request asks for something this engine or prompt cannot have.
         """
         record = current_record.get()
         if record is None:
-            pruning, explicit = asked(sampling_params.extra_args, self._default)
-        else:
-            # not every parameter object of vLLM's still has the keys: beam search makes its own
-            pruning, explicit = record.pruning, record.explicit
-        if pruning.is_off or (record is not None and record.bypass):
+            # a route that takes flat keys only, and whose answer says nothing
+            record = RequestRecord(parse_flat(sampling_params.extra_args))
+        if record.pruning.is_off or record.bypass is not None:
             return self._client.generate(prompt, sampling_params, *args, **kwargs)
         layout = layout_of(prompt)
-        plan = (make_plan if explicit else make_default_plan)(
-            pruning,
-            layout,
-            self._engine,
-            prompt_logprobs=wants_prompt_logprobs(sampling_params),
-            max_tokens=sampling_params.max_tokens,
-        )
-        if explicit:
-            plan.refuse_what_is_skipped()
-        elif plan.is_pruned:
-            keys = flatten(pruning)
-            sampling_params.extra_args = {**(sampling_params.extra_args or {}), **keys}
+        try:
+            plan = self._plan(record, layout, sampling_params)
+        except PolicyError as error:
+            record.refused = error
+            raise PruningRefusedError(str(error), parameter=error.param) from None
+        if plan.is_pruned or record.explicit:
+            rest = {
+                key: value
+                for key, value in (sampling_params.extra_args or {}).items()
+                if key != FLAT_PRESET and not key.startswith(FLAT_PREFIX)
+            }
+            sampling_params.extra_args = rest | flatten(record.pruning)
         outputs = self._client.generate(prompt, sampling_params, *args, **kwargs)
-        if record is None:
-            return outputs
         entry = PromptRecord(plan, layout, [0] * sampling_params.n)
         record.prompts.append(entry)
         return _count(outputs, entry)
+
+    def _plan(self, record: RequestRecord, layout: PromptLayout, params: Any) -> RequestPlan:
+        plan = (make_plan if record.explicit else make_default_plan)(
+            record.pruning,
+            layout,
+            self._engine,
+            prompt_logprobs=wants_prompt_logprobs(params),
+            max_tokens=params.max_tokens,
+        )
+        if record.explicit:
+            plan.refuse_what_is_skipped()
+        return plan
 
 
 async def _count(

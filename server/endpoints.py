@@ -18,7 +18,8 @@ from tokenprune.engine.startup import why_stock
 from tokenprune.server.admission import PlanningClient
 from tokenprune.server.metrics import ENGINE_FIGURES
 from tokenprune.server.metrics_page import attach_metrics_page
-from tokenprune.server.routes import Service, attach_routes
+from tokenprune.server.routes import attach_routes
+from tokenprune.server.service import Service
 from tokenprune.shape import FEATURES, EngineShape
 
 
@@ -29,7 +30,7 @@ class PruningEndpoints:
     required_tasks: ClassVar[tuple[str, ...]] = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Register our routes, which take the place of vLLM's where the path is the same."""
+        """Register our routes and the middleware before vLLM's."""
         attach_routes(app)
         attach_metrics_page(app, get_prometheus_registry())
 
@@ -48,10 +49,9 @@ class PruningEndpoints:
             default=settings(vllm_config).default_pruning,
         )
         state.tokenprune = service
-        for serving in (state.openai_serving_chat, state.openai_serving_completion):
-            serving.engine_client = PlanningClient(
-                serving.engine_client, service.engine, service.default
-            )
+        for serving in vars(state)["_state"].values():
+            if getattr(serving, "engine_client", None) is engine_client:
+                serving.engine_client = PlanningClient(engine_client, service.engine)
         if _is_ours(vllm_config):
             listen(engine_client.output_processor, ENGINE_FIGURES.take)
 

@@ -124,6 +124,45 @@ def test_our_own_errors_are_one_line_with_status_2(
     assert "their.Worker" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        pytest.param(["--grpc"], {}, "--grpc", id="grpc"),
+        pytest.param([], {"VLLM_USE_RUST_FRONTEND": "1"}, "VLLM_USE_RUST_FRONTEND=1", id="rust"),
+    ],
+)
+def test_a_front_end_that_does_not_read_pruning_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    environment: dict[str, str],
+    named: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match="must be vLLM's Python server") as refused:
+        launch.serve(["m", *arguments], EIGHT)
+    assert named in str(refused.value)
+
+
+def test_a_front_end_may_be_asked_for_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("grpc: true\n")
+    with pytest.raises(ConfigurationError, match="--grpc"):
+        launch.serve(["m", "--config", str(tmp_path / "c.yaml")], EIGHT)
+
+
+def test_a_node_without_an_api_server_says_where_requests_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "_prepare", lambda command, *_: command)
+    monkeypatch.setattr(launch, "_run_serve", lambda: None)
+    # which `serve` sets
+    monkeypatch.setattr("sys.argv", [])
+    launch.serve(["m"], EIGHT)
+    assert capsys.readouterr().err == ""
+    launch.serve(["m", "--headless"], EIGHT)
+    assert "start the one with the API server by tokenprune serve too" in capsys.readouterr().err
+
+
 def test_an_error_may_hold_brackets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

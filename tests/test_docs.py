@@ -180,7 +180,8 @@ def test_every_reason_to_skip_is_explained():
         for file in (ROOT / room).rglob("*.py"):
             text = file.read_text()
             reasons |= set(re.findall(r"PlanSkipped\(\s*\"(\w+)\"", text))
-            reasons |= set(re.findall(r"record\.bypass = \"(\w+)\"", text))
+            for bypasses in re.findall(r"^_BYPASSES = \{(.*)\}", text, re.MULTILINE):
+                reasons |= set(re.findall(r": \"(\w+)\"", bypasses))
             reasons |= set(re.findall(r"^DEFAULT_REFUSED = \"(\w+)\"", text, re.MULTILINE))
     page = (ROOT / "docs" / "api.md").read_text().partition("Reasons in `skipped`")[2]
     listed = re.findall(r"^\| `(\w+)` \|", page.partition("A request that")[0], re.MULTILINE)
@@ -310,6 +311,7 @@ def test_a_request_is_answered_when_it_is_pasted(page, command, server):
             message = answer["choices"][0]["message"]
             assert example["choices"][0]["message"].items() <= message.items()
             assert example["usage"]["pruning"] == answer["usage"]["pruning"]
+            assert example["pruning"] == answer["pruning"]
 
 
 @pytest.mark.vllm

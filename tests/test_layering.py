@@ -22,7 +22,7 @@ VLLM_ROOMS = ("tokenprune/engine", "tokenprune/vllm_on_cpu")
 # every file outside of them that names vLLM, with the reason
 VLLM_EXCEPTIONS = {
     "server/endpoints.py": "the endpoint plugin joins vLLM's metrics registry and reads its dtypes",
-    "server/routes.py": "our two routes wrap vLLM's own, with vLLM's request models and errors",
+    "server/admission.py": "a refusal is an error of vLLM's, which its routes answer with a 400",
 }
 
 # under which names the folders are imported

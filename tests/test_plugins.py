@@ -158,7 +158,7 @@ def test_the_example_package_is_installed_and_served(server: LocalServer) -> Non
     plain, answer = ask(server), ask(server, pruning={"kv": kv})
     assert plain.status_code == answer.status_code == 200, answer.text
     usage = answer.json()["usage"]["pruning"]
-    assert usage["applied"]["kv"] == "attended"
+    assert answer.json()["pruning"]["applied"]["kv"] == "attended"
     assert usage["kv_tokens_physical"] < usage["kv_tokens_logical"]
     assert answer.headers["x-tokenprune-applied"] == "kv=attended;keep_ratio=0.25;lag=32"
     # the method's choice is its own
@@ -195,5 +195,5 @@ def test_the_contributors_example_is_served(server: LocalServer) -> None:
         answer = client.post(f"{server.url}/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
     usage = answer.json()["usage"]["pruning"]
-    assert usage["applied"]["visual"] == "first"
-    assert usage["visual_tokens_kept"][-1] == usage["visual_tokens"] // 4
+    assert answer.json()["pruning"]["applied"]["visual"] == "first"
+    assert list(usage["visual_tokens_kept"].values())[-1] == usage["visual_tokens"] // 4

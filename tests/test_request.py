@@ -374,6 +374,17 @@ def test_an_illegal_value_is_refused_by_its_key(value, param, message):
     assert "Input should" not in str(refused.value)
 
 
+@pytest.mark.parametrize("value", [False, True])
+def test_a_flat_bool_may_have_become_a_number(value):
+    flat = {"pruning_channels_method": "think", "pruning_channels_pack_generated": int(value)}
+    assert parse_flat(flat).policy("channels").pack_generated is value
+    # the numbers of other parameters stay what they are, and other numbers are no bool
+    assert type(parse_flat({"pruning_kv_method": "lagkv", "pruning_kv_sink": 1}).kv.sink) is int
+    for wrong in (2, 0.0, "false"):
+        with pytest.raises(PolicyError, match="pack_generated"):
+            parse_flat(flat | {"pruning_channels_pack_generated": wrong})
+
+
 @pytest.mark.parametrize(
     ("flat", "param", "message"),
     [

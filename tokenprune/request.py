@@ -169,11 +169,22 @@ def parse_flat(extra_args: Mapping[str, Any] | None) -> Axes:
             name = _short(key)
             raise PolicyError(f"{name} is unknown; flat keys read pruning_<axis>_<key>", name)
         nested.setdefault(axis, {})[name] = value
+    for axis, parameters in nested.items():
+        for name in parameters.keys() & _booleans(axis, parameters):
+            # vLLM's own type for these values knows numbers only, so false arrives as 0
+            if type(parameters[name]) is int and parameters[name] in (0, 1):
+                parameters[name] = bool(parameters[name])
     try:
         return parse_pruning(nested)
     except PolicyError as error:
         flat_key = error.param.replace(".", "_")
         raise PolicyError(str(error).replace(error.param, flat_key), flat_key) from None
+
+
+def _booleans(axis: str, asked: Mapping[str, Any]) -> set[str]:
+    cls = methods(axis).get(str(asked.get("method")))
+    fields = cls.model_fields if cls is not None else {}
+    return {name for name, field in fields.items() if field.annotation is bool}
 
 
 def asked(extra_args: Mapping[str, Any] | None, default: Axes) -> tuple[Axes, bool]:

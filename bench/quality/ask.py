@@ -38,7 +38,9 @@ def engine_shape(server: LocalServer) -> dict[str, Any]:
     return shape
 
 
-def counted(usage: Mapping[str, Any], cell: Cell, engine: Mapping[str, Any]) -> tuple[float, float]:
+def counted(
+    answer: Mapping[str, Any], cell: Cell, engine: Mapping[str, Any]
+) -> tuple[float, float]:
     """Return the tokens of the cell's axis seen, and those kept as the mean over layers.
 
     The server counts no visual tokens of an unpruned request: then both are 0.
@@ -46,20 +48,22 @@ def counted(usage: Mapping[str, Any], cell: Cell, engine: Mapping[str, Any]) -> 
     Raises:
         TokenPruneError: Something else than the cell's method was applied.
     """
-    pruning = usage.get("pruning") or {}
-    applied = {axis: name for axis, name in pruning.get("applied", {}).items() if name is not None}
+    words, usage = answer.get("pruning") or {}, answer["usage"]
+    applied = {axis: name for axis, name in words.get("applied", {}).items() if name is not None}
     asked = cell.pruning(0)
     if applied != ({} if isinstance(asked, str) else {a: f["method"] for a, f in asked.items()}):
-        raise TokenPruneError(f"the server must apply {cell.method}, got {dict(usage)}")
+        raise TokenPruneError(f"the server must apply {cell.method}, got {words}")
     if cell.method == OFF:
         # the last token is returned before its KV is computed
         computed = usage["prompt_tokens"] + usage["completion_tokens"] - 1
         return (0, 0) if cell.axis == "visual" else (computed, computed)
+    pruning = usage["pruning"]
     if cell.axis != "visual":
         return pruning["kv_tokens_logical"], pruning["kv_tokens_physical"]
     starts = [0, *engine["prune_layers"]]
     sizes = [b - a for a, b in zip(starts, [*starts[1:], engine["num_layers"]], strict=True)]
-    held = sum(n * size for n, size in zip(pruning["visual_tokens_kept"], sizes, strict=True))
+    kept = pruning["visual_tokens_kept"].values()
+    held = sum(n * size for n, size in zip(kept, sizes, strict=True))
     return pruning["visual_tokens"], round(held / engine["num_layers"], 2)
 
 
@@ -104,8 +108,7 @@ async def _ask(
         temperature=0,
         extra_body={"pruning": cell.pruning(item.index), "return_token_ids": True},
     )
-    assert response.usage is not None, "a whole answer carries its usage"
-    seen, kept = counted(response.usage.model_dump(), cell, engine)
+    seen, kept = counted(response.model_dump(), cell, engine)
     choice = response.choices[0].model_dump()
     return {
         "item": item.digest,

@@ -169,7 +169,7 @@ async def ask(
     began: asyncio.Event | None = None,
 ) -> Answer:
     """Return the streamed answer to one request; `began` is set with its first token."""
-    times, tokens, usage = [time.perf_counter()], [], {}
+    times, tokens, usage, words = [time.perf_counter()], [], {}, {}
     stream = await client.chat.completions.create(
         model=MODEL,
         messages=messages,
@@ -187,6 +187,7 @@ async def ask(
     async for chunk in stream:
         if chunk.usage is not None:
             usage = chunk.usage.model_dump()
+            words = (chunk.model_extra or {}).get("pruning") or {}
         new = chunk.choices[0].model_dump().get("token_ids") if chunk.choices else None
         if new:
             times.append(time.perf_counter())
@@ -194,7 +195,7 @@ async def ask(
             if began is not None:
                 began.set()
     gaps = [round(1e3 * (b - a), 2) for a, b in pairwise(times)]
-    applied = ((usage.get("pruning") or {}).get("applied") or {}).get("visual")
+    applied = (words.get("applied") or {}).get("visual")
     return Answer(gaps[0], gaps[1:], tokens, applied, usage["prompt_tokens"])
 
 

@@ -42,7 +42,7 @@ tokenprune_kv_bytes_saved 0.0
 
 def _usage(kept: list[int] | None) -> dict[str, Any]:
     """Return the usage of a request that kept so many visual tokens a stage."""
-    pruning = {"visual_tokens": 2304, "visual_tokens_kept": kept}
+    pruning = {"visual_tokens": 2304, "visual_tokens_kept": dict(enumerate(kept or []))}
     return {"prompt_tokens": 2333, **({"pruning": pruning} if kept is not None else {})}
 
 
@@ -58,7 +58,7 @@ def speed_rows(pruned_blocks: int = 65) -> list[SpeedRow]:
 
 def quiz_rows(right: tuple[int, ...] = (46, 30, 31, 44), blocks: int = 37) -> list[QuizRow]:
     """Return the rows of the table of answers."""
-    cut = {"pruning": {"visual_tokens": 288, "visual_tokens_kept": KEPT}}
+    cut = {"pruning": {"visual_tokens": 288, "visual_tokens_kept": dict(enumerate(KEPT))}}
     return [
         QuizRow("off", 80, {}, [0.05, 0.04, 0.06], ["x"] * 48, right[0]),
         *(

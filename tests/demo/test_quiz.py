@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.demo.figures import KEPT, quiz_rows
+from tests.demo.figures import quiz_rows
 from tokenprune.demo import quiz
 from tokenprune.demo.local_server import LocalServer
 from tokenprune.demo.quiz import METHODS, Question, QuizRow, ask_questions, load_questions
@@ -131,9 +131,10 @@ class Service(LocalServer):
         for word in (text.split()[-1], " "):
             yield {"choices": [{"index": 0, "delta": {"content": word}}]}
         method = "off" if body["pruning"] == "off" else body["pruning"]["visual"]["method"]
-        pruning = {"applied": {"visual": self.applies or method}, "visual_tokens_kept": KEPT}
+        words = {"applied": {"visual": None if method == "off" else self.applies or method}}
+        figures = {} if method == "off" else {"pruning": {"visual_tokens_kept": {}}}
         usage: dict[str, Any] = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}
-        yield {"choices": [], "usage": usage | ({} if method == "off" else {"pruning": pruning})}
+        yield {"choices": [], "usage": usage | figures, "pruning": words}
         with self.lock:
             self.running -= 1
 

@@ -22,6 +22,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.server.doors import DOORS, Door
 from tokenprune.demo.checkpoint import build_checkpoint
 
 pytestmark = pytest.mark.vllm
@@ -57,10 +58,21 @@ class Answer:
     text: str
     usage: dict[str, Any]
     header: str | None
+    words: dict[str, Any] | None = None
 
     @property
     def pruning(self) -> dict[str, Any]:
         return self.usage["pruning"]
+
+    @property
+    def applied(self) -> dict[str, Any]:
+        assert self.words is not None
+        return self.words["applied"]
+
+    @property
+    def skipped(self) -> dict[str, Any]:
+        assert self.words is not None
+        return self.words["skipped"]
 
 
 class Server:
@@ -82,11 +94,13 @@ class Server:
         header, parsed = raw.headers.get("x-tokenprune-applied"), raw.parse()
         if not stream:
             text = "|".join(choice.message.content or "" for choice in parsed.choices)
-            return Answer(text, parsed.usage.model_dump(exclude_none=True), header)
+            usage = parsed.usage.model_dump(exclude_none=True)
+            return Answer(text, usage, header, parsed.model_extra.get("pruning"))
         chunks = list(parsed)
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert [c.usage is not None for c in chunks] == [False] * (len(chunks) - 1) + [True]
-        return Answer(text, chunks[-1].usage.model_dump(exclude_none=True), header)
+        usage = chunks[-1].usage.model_dump(exclude_none=True)
+        return Answer(text, usage, header, chunks[-1].model_extra.get("pruning"))
 
     def metrics_page(self) -> str:
         # far above what a page takes, far below how long the worker is stopped here
@@ -183,14 +197,17 @@ def test_a_pruned_request_says_what_was_applied(
     assert answer.header == f"visual={method};keep_ratio=0.25;layers=2,3"
     # layers 0-1 hold all, layer 2 lacks 72 and layers 3-7 lack 108 tokens
     missing = 1 * 72 + 5 * 108
-    assert answer.pruning == {
+    assert answer.words == {
         "applied": {"visual": method, "kv": None, "channels": None},
         "skipped": {},
-        "visual_tokens": VISUAL_TOKENS,
-        "visual_tokens_kept": [144, 72, 36, 36],
         "visual_layers": [2, 3],
+        "notes": [],
+    }
+    assert answer.pruning == {
+        "visual_tokens": VISUAL_TOKENS,
+        "visual_tokens_kept": {"0": 144, "2": 72, "3": 36, "5": 36},
         "kv_tokens_logical": computed,
-        "kv_tokens_physical": round(computed - missing / 8, 1),
+        "kv_tokens_physical": round(computed - missing / 8),
         # float32 keys and values of two KV heads of size 32
         "kv_bytes_saved": missing * 2 * 2 * 32 * 4,
     }
@@ -221,7 +238,7 @@ def test_every_choice_counts_its_own_tokens(server: Server) -> None:
 
 def test_two_images_are_one_set(server: Server) -> None:
     answer = server.chat(pruning=UNIFORM, messages=message(images=2))
-    assert answer.pruning["visual_tokens_kept"] == [288, 144, 72, 72]
+    assert answer.pruning["visual_tokens_kept"] == {"0": 288, "2": 144, "3": 72, "5": 72}
 
 
 def test_flat_keys_and_the_field_are_one(server: Server) -> None:
@@ -237,7 +254,7 @@ def test_a_preset_is_its_values(server: Server) -> None:
         server.chat(vllm_xargs={"pruning": "balanced"}),
     ]
     assert answers[0] == answers[1] == answers[2]
-    assert answers[0].pruning["applied"]["visual"] == "transprune"
+    assert answers[0].applied["visual"] == "transprune"
 
 
 def test_off_is_a_plain_request(server: Server, unpruned: Answer) -> None:
@@ -269,7 +286,7 @@ def test_text_prompts_are_served_and_the_reason_is_counted(server: Server) -> No
     before = server.metrics().get(name, 0)
     chat = server.chat(pruning=TRANSPRUNE, messages=message(images=0))
     assert chat.header == "none"
-    assert chat.pruning["skipped"] == {"visual": "no_visual_tokens"}
+    assert chat.skipped == {"visual": "no_visual_tokens"}
     plain = server.client.completions.create(model="tiny", prompt=["a b", "c"], max_tokens=3)
     same = server.client.completions.create(
         model="tiny", prompt=["a b", "c"], max_tokens=3, extra_body={"pruning": TRANSPRUNE}
@@ -286,7 +303,7 @@ def test_text_prompts_are_served_and_the_reason_is_counted(server: Server) -> No
 def test_an_image_at_the_very_end_is_served_unpruned(server: Server) -> None:
     template = "{% for m in messages %}<image>{% endfor %}"
     answer = server.chat(pruning=TRANSPRUNE, extra_body={"chat_template": template})
-    assert answer.pruning["skipped"] == {"visual": "no_text_after_image"}
+    assert answer.skipped == {"visual": "no_text_after_image"}
 
 
 LONG = message("word " * 400)
@@ -382,7 +399,7 @@ def test_numbers_that_json_does_not_have_are_refused_too(server: Server, value: 
     assert response.json()["error"]["param"] == "pruning.visual.keep_ratio"
 
 
-def test_flat_keys_are_checked_on_routes_that_are_not_ours(server: Server) -> None:
+def test_flat_keys_are_checked_on_every_route(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         server.client.responses.create(
             model="tiny",
@@ -393,15 +410,116 @@ def test_flat_keys_are_checked_on_routes_that_are_not_ours(server: Server) -> No
     assert refused.value.param == "pruning_visual_method"
 
 
+def ask(server: Server, door: Door, **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "temperature": 0, **door.body([image_url(0)], "What is it?", 6)}
+    return httpx.post(f"{server.base_url}{door.path}", json=body | fields, timeout=120)
+
+
+def whole_answer(response: httpx.Response) -> dict[str, Any]:
+    """Return a JSON answer, or the part of a stream that closes its usage."""
+    if "event-stream" not in response.headers["content-type"]:
+        return response.json()
+    data = [line.removeprefix("data: ") for line in response.text.splitlines() if "data: {" in line]
+    (last,) = [event for event in map(json.loads, data) if "pruning" in json.dumps(event)]
+    return last.get("response", last)
+
+
+EVERY_DOOR = pytest.mark.parametrize("door", DOORS, ids=[door.path for door in DOORS])
+STREAMS = [False, True]
+
+
+@EVERY_DOOR
+@pytest.mark.parametrize("stream", STREAMS, ids=["whole", "stream"])
+def test_every_door_prunes_says_so_and_counts(server: Server, door: Door, stream: bool) -> None:
+    if stream and not door.streams:
+        return
+    name = 'tokenprune_requests_total{channels="none",kv="none",outcome="applied",visual="uniform"}'
+    seen = 'tokenprune_visual_tokens_total{method="uniform",state="seen"}'
+    before = server.metrics()
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = ask(server, door, pruning=UNIFORM, **options)
+    assert response.status_code == 200, response.text
+    assert response.headers["x-tokenprune-applied"] == "visual=uniform;keep_ratio=0.25;layers=2,3"
+    answer = whole_answer(response)
+    kept = {"0": 144, "2": 72, "3": 36, "5": 36}
+    block = answer["usage"]["pruning"]
+    assert answer["pruning"]["applied"] == {"visual": "uniform", "kv": None, "channels": None}
+    assert block["visual_tokens"] == door.num_prompts * VISUAL_TOKENS
+    assert block["visual_tokens_kept"] == {k: door.num_prompts * n for k, n in kept.items()}
+    after = server.metrics()
+    assert after[name] == before.get(name, 0) + 1
+    assert after[seen] == before.get(seen, 0) + door.num_prompts * VISUAL_TOKENS
+
+
+@EVERY_DOOR
+@pytest.mark.parametrize("stream", STREAMS, ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        pytest.param("fast", "balanced", id="read"),
+        pytest.param(
+            {"visual": {"method": "uniform", "prune_layers": [4]}}, "[0, 2, 3, 5]", id="planned"
+        ),
+    ],
+)
+def test_every_door_refuses(
+    server: Server, door: Door, stream: bool, pruning: Any, message: str
+) -> None:
+    if stream and not door.streams:
+        return
+    name = 'outcome="refused"'
+    before = sum(value for key, value in server.metrics().items() if name in key)
+    response = ask(server, door, pruning=pruning, **({"stream": True} if stream else {}))
+    assert response.status_code == 400, response.text
+    assert message in response.json()["error"]["message"]
+    assert sum(value for key, value in server.metrics().items() if name in key) == before + 1
+
+
+@EVERY_DOOR
+def test_every_door_shows_no_trace_of_us_where_nothing_is_asked(server: Server, door: Door) -> None:
+    plain, off = ask(server, door), ask(server, door, pruning="off")
+    for response in (plain, off):
+        assert response.status_code == 200
+        assert "x-tokenprune-applied" not in response.headers
+        assert "pruning" not in response.text
+    # which of the two finds the prompt in the prefix cache differs
+    counts = [{k: v for k, v in r.json()["usage"].items() if type(v) is int} for r in (plain, off)]
+    assert counts[0] == counts[1]
+
+
+def test_flat_keys_can_set_a_bool(server: Server) -> None:
+    flat = {
+        "pruning_channels_method": "think",
+        "pruning_channels_keep_ratio": 0.5,
+        "pruning_channels_window": 8,
+        "pruning_channels_recent": 8,
+        "pruning_channels_pack_generated": False,
+    }
+    nested = {key.removeprefix("pruning_channels_"): value for key, value in flat.items()}
+    answers = [
+        server.chat(vllm_xargs=flat, messages=LONG, max_tokens=20),
+        server.chat(pruning={"channels": nested}, messages=LONG, max_tokens=20),
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0].applied["channels"] == "think"
+
+
+def test_a_picture_without_a_question_is_said(server: Server) -> None:
+    answer = server.chat(pruning=TRANSPRUNE, messages=message(text=" "))
+    assert answer.words is not None
+    assert answer.words["notes"] == ["no_question_after_image"]
+    assert answer.applied["visual"] == "transprune"
+
+
 def test_a_prompt_with_log_probs_is_served_whole(server: Server) -> None:
     answer = server.chat(pruning=UNIFORM, extra_body={"prompt_logprobs": 1})
-    assert answer.pruning["skipped"] == {"visual": "prompt_logprobs"}
+    assert answer.skipped == {"visual": "prompt_logprobs"}
 
 
 def test_a_chunked_prompt_is_fine_for_methods_that_need_no_scores(server: Server) -> None:
     answer = server.chat(pruning=UNIFORM, messages=LONG)
     assert answer.usage["prompt_tokens"] > MAX_BATCHED_TOKENS
-    assert answer.pruning["visual_tokens_kept"] == [144, 72, 36, 36]
+    assert answer.pruning["visual_tokens_kept"] == {"0": 144, "2": 72, "3": 36, "5": 36}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -418,7 +536,7 @@ def test_evicted_tokens_are_reported_and_counted(server: Server, stream: bool) -
     computed = answer.usage["prompt_tokens"] + answer.usage["completion_tokens"] - 1
     evicted = ((computed - 4) // 16 - 1) * 12
     assert answer.header == "kv=lagkv;keep_ratio=0.25;lag=16"
-    assert answer.pruning["applied"] == {"visual": None, "kv": "lagkv", "channels": None}
+    assert answer.applied == {"visual": None, "kv": "lagkv", "channels": None}
     assert answer.pruning["kv_tokens_logical"] == computed
     assert answer.pruning["kv_tokens_physical"] == computed - evicted
     assert after[names["written"]] - before.get(names["written"], 0) >= computed
@@ -441,7 +559,7 @@ def test_packed_channels_are_reported_and_counted_alone_and_with_evicted_tokens(
     # of 64 elements 48 are kept, so 42 tokens share a block of 32 slots
     saved = 10 * ((computed - 8) // 42)
     assert alone.header == "channels=think;keys=16;values=32"
-    assert alone.pruning["applied"] == {"visual": None, "kv": None, "channels": "think"}
+    assert alone.applied == {"visual": None, "kv": None, "channels": "think"}
     assert alone.pruning["kv_tokens_physical"] == computed - saved
     # 8 layers, 2 KV heads, keys and values of 32 float32
     assert alone.pruning["kv_bytes_saved"] == saved * 8 * 2 * 64 * 4
@@ -458,7 +576,7 @@ def test_channels_that_rounding_leaves_alone_are_kept_and_counted(server: Server
     before = server.metrics().get(name, 0)
     think = {"method": "think", "keep_ratio": 0.9}
     answer = server.chat(pruning={"channels": think}, messages=LONG)
-    assert answer.pruning["skipped"] == {"channels": "no_gain"}
+    assert answer.skipped == {"channels": "no_gain"}
     assert server.metrics()[name] == before + 1
 
 
@@ -466,7 +584,7 @@ def test_a_context_too_short_to_evict_from_is_served_whole(server: Server) -> No
     name = 'tokenprune_fallback_total{axis="kv",reason="context_too_short"}'
     before = server.metrics().get(name, 0)
     answer = server.chat(pruning={"kv": {"method": "lagkv"}})
-    assert answer.pruning["skipped"] == {"kv": "context_too_short"}
+    assert answer.skipped == {"kv": "context_too_short"}
     assert answer.header == "none"
     assert server.metrics()[name] == before + 1
 
@@ -546,5 +664,5 @@ def test_a_scrape_neither_waits_for_a_stopped_worker_nor_breaks_the_steps_after_
             worker.resume()
         assert answer.result() == unpruned
     assert httpx.get(f"{server.base_url}/health").status_code == 200
-    assert server.chat(pruning=UNIFORM).pruning["applied"]["visual"] == "uniform"
+    assert server.chat(pruning=UNIFORM).applied["visual"] == "uniform"
     assert server.chat() == unpruned

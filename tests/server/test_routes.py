@@ -23,7 +23,7 @@ from vllm.sampling_params import SamplingParams
 
 from tokenprune.request import Axes, has_flat, parse_flat, parse_pruning
 from tokenprune.server.admission import PlanningClient
-from tokenprune.server.routes import Service
+from tokenprune.server.service import Service
 from tokenprune.shape import EngineShape, ModelShape
 
 ENGINE = EngineShape(
@@ -118,7 +118,7 @@ class Server:
         attach_endpoint_plugins(app, ("generate",))
         init_exception_handler(app)
         self.engine = FakeEngine()
-        self.serving = FakeServing(PlanningClient(self.engine, engine, default))
+        self.serving = FakeServing(PlanningClient(self.engine, engine))
         app.state.args = Namespace(log_error_stack=False, sse_keep_alive_interval=0)
         app.state.openai_serving_chat = app.state.openai_serving_completion = self.serving
         app.state.tokenprune = Service(engine, MODEL, default)
@@ -165,7 +165,7 @@ def test_pruning_reaches_the_engine_as_flat_keys_and_the_answer_tells(
     assert response.headers["x-tokenprune-applied"] == "visual=uniform;keep_ratio=0.25;layers=2,3"
     assert int(response.headers["content-length"]) == len(response.content)
     block = response.json()["usage"]["pruning"]
-    assert block["visual_tokens_kept"] == [40, 20, 10]
+    assert block["visual_tokens_kept"] == {"0": 40, "2": 20, "3": 10}
     assert block["kv_tokens_logical"] == 50 + COMPLETION_TOKENS - 1
     assert server.engine.seen[0].extra_args == {
         "other": 1,
@@ -195,9 +195,9 @@ def test_choices_are_counted_one_by_one(start: Start) -> None:
 def test_prompts_of_one_request_add_up(start: Start) -> None:
     server = start()
     server.serving.prompts = [PHOTO, TEXT]
-    block = server.complete(prompt=["a", "b"], pruning=HALVES).json()["usage"]["pruning"]
-    assert block["kv_tokens_logical"] == 55 + 25
-    assert block["skipped"] == {"visual": "no_visual_tokens"}
+    answer = server.complete(prompt=["a", "b"], pruning=HALVES).json()
+    assert answer["usage"]["pruning"]["kv_tokens_logical"] == 55 + 25
+    assert answer["pruning"]["skipped"] == {"visual": "no_visual_tokens"}
 
 
 def test_a_stream_ends_with_the_same_block_and_closes_the_engine(start: Start) -> None:
@@ -319,7 +319,7 @@ def test_a_model_that_cannot_be_pruned_says_why(start: Start) -> None:
     assert error["param"] == "pruning.visual"
     assert "M-RoPE" in error["message"]
     server.serving.prompts = [TEXT]
-    block = server.chat(pruning="balanced").json()["usage"]["pruning"]
+    block = server.chat(pruning="balanced").json()["pruning"]
     assert block["skipped"] == {"visual": "model_unsupported"}
 
 
@@ -333,7 +333,7 @@ def test_a_vision_tower_that_cannot_be_scored_says_why_and_serves_other_methods(
     assert error["param"] == "pruning.visual.method"
     assert error["message"].startswith("pruning.visual.method must be another than vflowopt")
     assert "pixtral" in error["message"]
-    block = server.chat(pruning={"visual": {"method": "uniform"}}).json()["usage"]["pruning"]
+    block = server.chat(pruning={"visual": {"method": "uniform"}}).json()["pruning"]
     assert block["applied"]["visual"] == "uniform"
 
 
@@ -379,7 +379,7 @@ def test_channels_kept_are_in_the_header_and_what_they_save_in_usage(start: Star
     response = server.chat(pruning=THINK)
     assert response.headers["x-tokenprune-applied"] == "channels=think;keys=32;values=64"
     block = response.json()["usage"]["pruning"]
-    assert block["applied"]["channels"] == "think"
+    assert response.json()["pruning"]["applied"]["channels"] == "think"
     assert block["kv_tokens_physical"] < 0.85 * block["kv_tokens_logical"]
     assert block["kv_bytes_saved"] > 0
 
@@ -393,7 +393,7 @@ def test_a_prompt_too_short_for_the_window_is_served_whole_and_counted(start: St
     shape = EngineShape(8, (0,), 100, allow_channel_pruning=True, head_size=64, block_size=16)
     server = start(shape)
     server.serving.prompts = [TEXT]
-    block = server.chat(pruning=THINK).json()["usage"]["pruning"]
+    block = server.chat(pruning=THINK).json()["pruning"]
     assert block["skipped"] == {"channels": "prompt_too_short"}
     assert fallbacks() == before + 1
 
@@ -402,7 +402,7 @@ def test_a_context_too_short_to_evict_from_is_served_whole_with_the_reason(start
     server = start()
     server.serving.prompts = [TEXT]
     block = server.chat(pruning={"kv": {"method": "lagkv", "lag": 10**6}}, max_tokens=5)
-    block = block.json()["usage"]["pruning"]
+    block = block.json()["pruning"]
     assert block["applied"]["kv"] is None
     assert block["skipped"] == {"kv": "context_too_short"}
 
@@ -425,7 +425,7 @@ def test_nothing_to_prune_is_served_and_counted(
     server.serving.prompts = [sent]
     response = server.chat(pruning="balanced")
     assert response.headers["x-tokenprune-applied"] == "none"
-    block = response.json()["usage"]["pruning"]
+    block = response.json()["pruning"]
     assert block["applied"]["visual"] is None
     assert block["skipped"] == {"visual": reason}
     assert fallbacks() == before + 1
@@ -435,7 +435,7 @@ def test_the_default_holds_for_requests_that_say_nothing(start: Start) -> None:
     server = start(default="balanced")
     response = server.chat()
     assert response.headers["x-tokenprune-applied"].startswith("visual=transprune")
-    assert response.json()["usage"]["pruning"]["applied"]["visual"] == "transprune"
+    assert response.json()["pruning"]["applied"]["visual"] == "transprune"
     assert server.engine.seen[0].extra_args == {
         "pruning_visual_method": "transprune",
         "pruning_visual_keep_ratio": 0.25,
@@ -446,7 +446,7 @@ def test_off_turns_the_default_off(start: Start) -> None:
     server = start(default="balanced")
     response = server.chat(pruning="off")
     assert "x-tokenprune-applied" not in response.headers
-    assert server.engine.seen[0].extra_args == {"pruning": "off"}
+    assert server.engine.seen[0].extra_args is None
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_the_default_never_refuses(
     response = server.chat(**fields)
     assert response.status_code == 200
     assert response.headers["x-tokenprune-applied"] == "none"
-    assert response.json()["usage"]["pruning"]["skipped"] == {"visual": reason}
+    assert response.json()["pruning"]["skipped"] == {"visual": reason}
 
 
 @pytest.mark.parametrize("fields", [{}, {"pruning": "off"}], ids=["default", "off"])
@@ -487,7 +487,7 @@ def test_off_is_off_whatever_the_default(start: Start) -> None:
     server = start(ENGINE, default="balanced")
     response = server.chat(pruning="off")
     (params,) = server.engine.seen
-    assert params.extra_args == {"pruning": "off"}
+    assert params.extra_args is None
     assert "x-tokenprune-applied" not in response.headers
     assert "pruning" not in response.json()["usage"]
 

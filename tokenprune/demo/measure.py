@@ -89,15 +89,17 @@ def pruning_fields(
     return fields
 
 
-def check_applied(method: str, usage: Mapping[str, Any]) -> None:
-    """Check that an answer's `usage` names the method of its row.
+def closing_usage(method: str, chunk: Any) -> dict[str, Any]:
+    """Return the usage in a stream's last chunk, which must name the method of its row.
 
     Raises:
         TokenPruneError: It names another one or none.
     """
-    applied = (usage.get("pruning") or {}).get("applied", {}).get("visual")
-    if applied != (None if method == OFF else method):
-        raise TokenPruneError(f"the server must apply {method}, got {dict(usage)}")
+    words = (chunk.model_extra or {}).get("pruning") or {}
+    if words.get("applied", {}).get("visual") != (None if method == OFF else method):
+        raise TokenPruneError(f"the server must apply {method}, got {words}")
+    usage: dict[str, Any] = chunk.usage.model_dump()
+    return usage
 
 
 def measure(
@@ -115,8 +117,8 @@ def measure(
     with server.client(_TIMEOUT_SECONDS) as client:
 
         def ask(row: SpeedRow, each_chunk: Callable[[], None] | None = None) -> tuple[float, float]:
-            ttft, rate, row.usage = _ask(client, content, fields[row.method], each_chunk)
-            check_applied(row.method, row.usage)
+            pruning = fields[row.method]
+            ttft, rate, row.usage = _ask(client, row.method, content, pruning, each_chunk)
             advance()
             return ttft, rate
 
@@ -140,6 +142,7 @@ def _read_blocks(server: LocalServer, readings: list[int]) -> None:
 
 def _ask(
     client: OpenAI,
+    method: str,
     content: Sequence[Mapping[str, Any]],
     pruning: PruningField,
     each_chunk: Callable[[], None] | None,
@@ -161,7 +164,7 @@ def _ask(
     )
     for chunk in stream:
         if chunk.usage is not None:
-            usage = chunk.usage.model_dump()
+            usage = closing_usage(method, chunk)
         if not chunk.choices:
             continue
         last = time.perf_counter()

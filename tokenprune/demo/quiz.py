@@ -25,7 +25,7 @@ from openai import AsyncOpenAI
 
 from tokenprune.demo import builtin, measure
 from tokenprune.demo.local_server import LocalServer
-from tokenprune.demo.measure import PruningField, PruningFields, check_applied, pruning_fields
+from tokenprune.demo.measure import PruningField, PruningFields, closing_usage, pruning_fields
 from tokenprune.demo.report import Row, kv_pool
 from tokenprune.errors import InstallationError
 
@@ -154,8 +154,9 @@ async def _ask_questions(
         for row in rows:
             # also the warm-up
             pruning = fields[0][row.method]
-            row.kv_blocks, row.usage = await _blocks_held(client, server, longest, pruning)
-            check_applied(row.method, row.usage)
+            row.kv_blocks, row.usage = await _blocks_held(
+                client, server, row.method, longest, pruning
+            )
             advance()
         for row in rows:
             work = iter(enumerate(questions))
@@ -177,15 +178,13 @@ async def _answer(
     """Answer questions until none is left; all workers of a row share one iterator."""
     for index, question in work:
         first = 0.0
-        usage: dict[str, Any] = {}
         started = time.perf_counter()
         async for chunk in await _stream(client, question, fields[index][row.method]):
             if chunk.usage is not None:
-                usage = chunk.usage.model_dump()
+                closing_usage(row.method, chunk)
             if chunk.choices:
                 first = first or time.perf_counter()
                 row.answers[index] += chunk.choices[0].delta.content or ""
-        check_applied(row.method, usage)
         row.ttft_seconds.append(first - started)
         advance()
 
@@ -193,6 +192,7 @@ async def _answer(
 async def _blocks_held(
     client: AsyncOpenAI,
     server: LocalServer,
+    method: str,
     question: Question,
     pruning: PruningField,
 ) -> tuple[int, dict[str, Any]]:
@@ -203,7 +203,7 @@ async def _blocks_held(
         # most answers end with their first tokens, before the page can be read
         async for chunk in await _stream(client, question, pruning, ignore_eos=True):
             if chunk.usage is not None:
-                usage = chunk.usage.model_dump()
+                usage = closing_usage(method, chunk)
             else:
                 readings.append(kv_pool(server.metrics())[0])
         # on a busy machine all tokens may arrive when the request is already gone

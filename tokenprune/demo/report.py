@@ -44,7 +44,8 @@ class Row:
     @property
     def kept(self) -> list[int] | None:
         """Visual tokens kept per stage, or None for an unpruned answer."""
-        return (self.usage.get("pruning") or {}).get("visual_tokens_kept")
+        kept = (self.usage.get("pruning") or {}).get("visual_tokens_kept")
+        return None if kept is None else list(kept.values())
 
 
 @dataclass

@@ -29,6 +29,10 @@ _PLUGIN_GROUPS = (
 # vLLM reads an explicit mention of this one as consent to download adapters
 _OPT_IN_PLUGINS = {"lora_hf_hub_resolver"}
 _CLASS_FLAGS = {"--scheduler-cls": SCHEDULER_CLS, "--worker-cls": WORKER_CLS}
+# front ends that read requests without our routes: what asks for them, and where
+_GRPC = "--grpc"
+_RUST = "VLLM_USE_RUST_FRONTEND"
+_HEADLESS = "--headless"
 _ADDITIONAL = "--additional-config"
 _PROCESSORS = "--logits-processors"
 
@@ -108,6 +112,7 @@ def serve(
         VersionError: vLLM is missing or not a tested version.
     """
     command = vllm_arguments(arguments, options)
+    _check_front_end(arguments)
     sys.argv = ["vllm", "serve", *_prepare(command, arguments, default_model)]
     _run_serve()
 
@@ -229,6 +234,30 @@ def allowed_plugins(current: str | None) -> str:
         names = sorted({e.name for group in _PLUGIN_GROUPS for e in entry_points(group=group)})
         names = [name for name in names if name not in _OPT_IN_PLUGINS]
     return ",".join(names if _PLUGIN in names else [*names, _PLUGIN])
+
+
+def _check_front_end(arguments: Sequence[str]) -> None:
+    """Refuse front ends of vLLM's that would pass over what requests say about pruning.
+
+    Raises:
+        ConfigurationError: One is asked for.
+    """
+    flags = {argument.replace("_", "-").partition("=")[0] for argument in arguments}
+    from_file = _config_file(arguments)
+    flags |= {flag for flag, value in from_file.items() if value}
+    rust = os.environ.get(_RUST, "0")
+    if _GRPC in flags or rust not in ("", "0"):
+        asked = _GRPC if _GRPC in flags else f"{_RUST}={rust}"
+        raise ConfigurationError(
+            "the front end must be vLLM's Python server, which reads pruning, got "
+            f"{asked}; leave it out, or use vllm serve to run without pruning"
+        )
+    if _HEADLESS in flags:
+        print(
+            f"{_HEADLESS}: this node runs engines only; start the one with the API server by "
+            "tokenprune serve too, with the same flags, or pruning is not read",
+            file=sys.stderr,
+        )
 
 
 def _is_cpu_build() -> bool:

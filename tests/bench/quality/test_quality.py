@@ -149,27 +149,26 @@ def test_only_white_space_is_forgiven() -> None:
 
 
 def test_kept_tokens_are_the_mean_over_layers() -> None:
-    pruning = {
-        "applied": {"visual": "uniform"},
+    figures = {
         "visual_tokens": 144,
-        "visual_tokens_kept": [144, 100, 60, 36],
+        "visual_tokens_kept": {"0": 144, "2": 100, "3": 60, "5": 36},
     }
-    usage = {"pruning": pruning}
+    answer = {"pruning": {"applied": {"visual": "uniform"}}, "usage": {"pruning": figures}}
     expected = (2 * 144 + 100 + 2 * 60 + 3 * 36) / 8
-    assert quality_ask.counted(usage, CELL, ENGINE) == (144, expected)
+    assert quality_ask.counted(answer, CELL, ENGINE) == (144, expected)
 
 
 @pytest.mark.parametrize(
-    "usage",
+    "answer",
     [
         pytest.param({}, id="no-word-about-pruning"),
         pytest.param({"pruning": {"applied": {"visual": None}}}, id="skipped"),
         pytest.param({"pruning": {"applied": {"visual": "random"}}}, id="another-method"),
     ],
 )
-def test_an_answer_that_was_not_pruned_as_asked_is_an_error(usage: Any) -> None:
+def test_an_answer_that_was_not_pruned_as_asked_is_an_error(answer: Any) -> None:
     with pytest.raises(TokenPruneError, match="the server must apply uniform"):
-        quality_ask.counted(usage, CELL, ENGINE)
+        quality_ask.counted({"usage": {}, **answer}, CELL, ENGINE)
 
 
 def test_pictures_reach_the_server_without_loss() -> None:

@@ -1,15 +1,19 @@
 """Scores images in the vision tower, and keeps the scores beside vLLM's encoder outputs.
 
 An image that a request wants scored is encoded here, eagerly and by itself, before vLLM would do
-it in the same step: vLLM then finds its output in the encoder cache. Hooks on the tower hand the
-last executed layer's queries and keys, and the pixels, to the policy; so a tower's other runs cost
-nothing, and replayed CUDA graphs of the encoder, which call no hooks, are not in the way. An image
-whose output is cached without the scores asked for is encoded once more.
+it in the same step: vLLM then finds its output in the encoder cache. Hooks on the tower keep the
+last executed layer's queries and keys, and the pixels; so a tower's other runs cost nothing, and
+replayed CUDA graphs of the encoder, which call no hooks, are not in the way.
+
+What the hooks kept stays as long as the output and is about as large, so every further map of the
+image, whatever its parameters, costs no run of the tower. The scheduler budgets one run an image;
+the one run beyond it is that of an image which was encoded for somebody who wanted no scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,25 +35,42 @@ from tokenprune.policies import CropInputs, ImagePolicy
 MAX_SCORES = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Scorable:
+    """What maps of one image are made from.
+
+    Attributes:
+        crops: What the tower showed of each crop.
+        lay_out: Turns scores `[crops, N]` into those of the image's features.
+    """
+
+    crops: list[CropInputs]
+    lay_out: Callable[[Tensor], ImageScores]
+
+
 class ScoredEncoderCache(EncoderCache):
     """vLLM's encoder cache with the scores of its images, which live as long as its outputs.
 
     Attributes:
+        scorable: Per image hash what its scores are made from.
         scores: Per image hash its scores, by `ImagePolicy.score_key`.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.scorable: dict[str, Scorable] = {}
         self.scores: dict[str, dict[Hashable, ImageScores]] = {}
 
     def reset_encoder_cache(self) -> None:
         """Forget all outputs and scores."""
         super().reset_encoder_cache()
+        self.scorable.clear()
         self.scores.clear()
 
     def free_encoder_cache(self, mm_hash: str) -> None:
         """Forget one image's output and scores."""
         super().free_encoder_cache(mm_hash)
+        self.scorable.pop(mm_hash, None)
         self.scores.pop(mm_hash, None)
 
 
@@ -78,12 +99,12 @@ class ImageScorer:
         self._device = device
         self._stats = stats
         self._guard = PolicyGuard(stats)
-        self._policy: ImagePolicy | None = None
+        # of the image that is being encoded for its scores, if any
+        self._crops: list[CropInputs] | None = None
         self._modality = "image"
         self._tower_args: Any = ()
-        self._scores: list[Tensor] = []
         tower.module.register_forward_pre_hook(self._capture_pixels)
-        tower.attention.register_forward_pre_hook(self._score_attention, with_kwargs=True)
+        tower.attention.register_forward_pre_hook(self._capture_attention, with_kwargs=True)
 
     def features_of(self, request_id: str) -> dict[int, MultiModalFeatureSpec]:
         """Return the images and videos of a request by the position of their first token."""
@@ -94,47 +115,53 @@ class ImageScorer:
         return found
 
     def scores_of(self, feature: MultiModalFeatureSpec, policy: ImagePolicy) -> ImageScores:
-        """Return an image's scores, encoding the image if there are none."""
-        key = policy.score_key()
-        found = self._cache.scores.get(feature.identifier, {}).get(key)
+        """Return an image's scores, encoding the image if it never was for its scores."""
+        key, image = policy.score_key(), feature.identifier
+        found = self._cache.scores.get(image, {}).get(key)
         if found is None:
-            found = self._encode(feature, policy)
-            # after encoding: a failure leaves nothing in the cache
-            known = self._cache.scores.setdefault(feature.identifier, {})
+            if image not in self._cache.scorable:
+                self._cache.scorable[image] = self._encode(feature)
+            found = self._scored(self._cache.scorable[image], policy)
+            known = self._cache.scores.setdefault(image, {})
             if len(known) >= MAX_SCORES:
                 del known[next(iter(known))]
             known[key] = found
         return found
 
-    def _encode(self, feature: MultiModalFeatureSpec, policy: ImagePolicy) -> ImageScores:
+    def _encode(self, feature: MultiModalFeatureSpec) -> Scorable:
         assert feature.data is not None, "the scheduler sends images whole"
         batches = group_and_batch_mm_kwargs(
             [(feature.modality, feature.data)], device=self._device, pin_memory=PIN_MEMORY
         )
         ((_, _, inputs),) = batches
-        self._policy, self._modality, self._scores = policy, feature.modality, []
+        crops: list[CropInputs] = []
+        self._crops, self._modality = crops, feature.modality
         try:
             (output,) = self._model.embed_multimodal(**inputs)
         finally:
-            self._policy, self._tower_args = None, ()
+            self._crops, self._tower_args = None, ()
+
+        modality, num_tokens = feature.modality, output.shape[-2]
+
+        def lay_out(scores: Tensor) -> ImageScores:
+            found = self._tower.lay_out(scores, modality, inputs)
+            if len(found.importance) != num_tokens:
+                raise RuntimeError(
+                    f"scores of an image must have a value for each of its {num_tokens} tokens, "
+                    f"got {len(found.importance)}; please report this model"
+                )
+            return found
+
         # an output that is in use already stays as it is
         self._cache.encoder_outputs.setdefault(feature.identifier, output)
-        scores, self._scores = torch.stack(self._scores), []
-        found = self._tower.lay_out(scores, feature.modality, inputs)
-        if len(found.importance) != output.shape[-2]:
-            raise RuntimeError(
-                f"scores of an image must have a value for each of its {output.shape[-2]} "
-                f"tokens, got {len(found.importance)}; please report this model"
-            )
-        return found
+        return Scorable(crops, lay_out)
 
     def _capture_pixels(self, tower: nn.Module, args: Any) -> None:
-        if self._policy is not None:
+        if self._crops is not None:
             self._tower_args = args
 
-    def _score_attention(self, attention: nn.Module, args: Any, kwargs: Any) -> None:
-        policy = self._policy
-        if policy is None:
+    def _capture_attention(self, attention: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._crops is None:
             return
         query, key = self._tower.heads(args, kwargs)
         if get_tp_group().world_size > 1:
@@ -142,16 +169,23 @@ class ImageScorer:
             query, key = (
                 tensor_model_parallel_all_gather(x.contiguous(), dim=1) for x in (query, key)
             )
+        # copies, where the tower's own buffer would be kept alive with more in it
+        query, key = query.contiguous(), key.contiguous()
+        self._crops += [
+            CropInputs(
+                query=query[crop],
+                key=key[crop],
+                scale=self._tower.scale,
+                pixels=partial(self._tower.pixels, self._tower_args, crop, self._modality),
+                patch=self._tower.patch,
+            )
+            for crop in range(len(query))
+        ]
+
+    def _scored(self, image: Scorable, policy: ImagePolicy) -> ImageScores:
         with self._stats.time(Op.IMAGE_IMPORTANCE):
-            for crop in range(len(query)):
-                inputs = CropInputs(
-                    query=query[crop],
-                    key=key[crop],
-                    scale=self._tower.scale,
-                    pixels=partial(self._tower.pixels, self._tower_args, crop, self._modality),
-                    patch=self._tower.patch,
-                )
-                self._scores.append(self._score(policy, inputs))
+            scores = [self._score(policy, crop) for crop in image.crops]
+        return image.lay_out(torch.stack(scores))
 
     def _score(self, policy: ImagePolicy, inputs: CropInputs) -> Tensor:
         shape = inputs.query.shape[1:2]

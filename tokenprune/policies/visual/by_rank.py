@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from itertools import compress
 
 from tokenprune.lengths import DroppedPositions, PromptLayout
 from tokenprune.policies.visual.base import Cuts, VisualPlan, VisualPolicy, kept_per_stage
@@ -26,11 +27,16 @@ class KnownRows(VisualPlan):
     @property
     def dropped(self) -> tuple[DroppedPositions, ...]:
         """Per engine stage, the positions that are not kept."""
-        everything = set(range(len(self.positions)))
-        return tuple(
-            DroppedPositions(tuple(self.positions[r] for r in sorted(everything.difference(ranks))))
-            for ranks in self.ranks
-        )
+        return tuple(DroppedPositions(self._without(ranks)) for ranks in self.ranks)
+
+    def _without(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        # in each of three processes, and a long video has tens of thousands of tokens
+        if len(ranks) == len(self.positions):
+            return ()
+        is_dropped = bytearray(b"\x01") * len(self.positions)
+        for rank in ranks:
+            is_dropped[rank] = 0
+        return tuple(compress(self.positions, is_dropped))
 
 
 class RankPolicy(VisualPolicy):
@@ -46,6 +52,6 @@ class RankPolicy(VisualPolicy):
         ranks, current = [], tuple(range(prompt.num_visual))
         for keep in kept:
             if keep < len(current):
-                current = tuple(current[i] for i in self.keep_ranks(len(current), keep))
+                current = tuple(map(current.__getitem__, self.keep_ranks(len(current), keep)))
             ranks.append(current)
         return KnownRows(self, cuts, kept, tuple(ranks), tuple(prompt.visual_positions()))
