@@ -44,7 +44,7 @@ def prompt(num_tokens: int, *images: PlaceholderRange) -> dict[str, Any]:
 
 PHOTO = prompt(50, PlaceholderRange(offset=4, length=40))
 PHOTO_LAST = prompt(44, PlaceholderRange(offset=4, length=40))
-LONG = prompt(101, PlaceholderRange(offset=4, length=40))
+LONG = prompt(105, PlaceholderRange(offset=4, length=40))
 LARGE = prompt(150, PlaceholderRange(offset=4, length=101))
 TEXT = prompt(20)
 
