@@ -32,6 +32,11 @@ class KnownRows(VisualPlan):
             for ranks in self.ranks
         )
 
+    @property
+    def shared_tokens(self) -> int:
+        """Those before the first visual token."""
+        return self.positions[0]
+
 
 class RankPolicy(VisualPolicy):
     """A visual method that chooses from integers alone."""
