@@ -267,6 +267,8 @@ class Run:
         for manager in self.scheduler._managers:
             assert not manager.moved_rows
             assert not manager._closed
+            assert not manager._rewritten
+        assert not self.scheduler._private_rows._closed
 
     def execute(self, step):
         """Do what the runner does in a step."""

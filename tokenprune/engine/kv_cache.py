@@ -92,6 +92,8 @@ class StagedManager(FullAttentionManager):
         self.moved_rows: dict[str, list[KVCacheBlock]] = {}
         # requests of which nothing is hashed any more
         self._closed: set[str] = set()
+        # requests whose row of this stage has been rewritten; it is asked often, and stays so
+        self._rewritten: set[str] = set()
 
     def _physical(self, request_id: str, num_tokens: int, *, all_steps: bool = False) -> int:
         """Return the slots needed to get to `num_tokens`, in one step or in all there may be."""
@@ -149,12 +151,13 @@ class StagedManager(FullAttentionManager):
     def _moving(self, request_id: str, num_tokens: int) -> range:
         """Return the places in its row that the step to `num_tokens` is the first to rewrite."""
         plan = self.plans.get(request_id)
-        if self.private_rows is None or plan is None or not plan.lengths.frees_blocks:
+        if self.private_rows is None or plan is None or request_id in self._rewritten:
             return range(0)
         lengths, stage = plan.lengths, self.kv_cache_spec.stage
-        if not lengths.is_rewritten(num_tokens, stage) or lengths.is_rewritten(
-            self.num_computed(request_id), stage
-        ):
+        if not lengths.frees_blocks or not lengths.is_rewritten(num_tokens, stage):
+            return range(0)
+        if lengths.is_rewritten(self.num_computed(request_id), stage):
+            self._rewritten.add(request_id)
             return range(0)
         first, until = lengths.rewritten_from, lengths.rewritten_until(num_tokens, stage)
         return range(first // self.block_size, -(-until // self.block_size))
@@ -232,6 +235,7 @@ class StagedManager(FullAttentionManager):
         """Give up both rows of a request that is about to move."""
         row = super().pop_blocks_for_free(request_id)
         self._closed.discard(request_id)
+        self._rewritten.discard(request_id)
         if self.private_rows is not None:
             self.private_rows.forget(request_id)
         target = self.moved_rows.pop(request_id, ())

@@ -76,6 +76,7 @@ class PrivateRows:
         self._num_running = num_running
         self._has_room: dict[str, bool] = {}
         self._checksums: dict[str, int] = {}
+        self._closed: set[str] = set()
 
     def begin_step(self) -> None:
         """Forget what was decided for the last step."""
@@ -106,7 +107,11 @@ class PrivateRows:
             num_computed: Tokens computed after that step.
         """
         lengths = self._plans[request_id].lengths
-        closes = any(lengths.is_rewritten(num_computed, s) for s in range(lengths.num_stages))
+        closes = request_id not in self._closed and any(
+            lengths.is_rewritten(num_computed, stage) for stage in range(lengths.num_stages)
+        )
+        if closes:
+            self._closed.add(request_id)
         rows: list[list[int] | None] = []
         for manager in self._managers:
             moved = manager.take_moved_row(request_id)
@@ -138,3 +143,4 @@ class PrivateRows:
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request that gives up its blocks."""
         self._checksums.pop(request_id, None)
+        self._closed.discard(request_id)
