@@ -90,6 +90,8 @@ class StagedManager(FullAttentionManager):
         self.max_step = 0
         self.private_rows: PrivateRows | None = None
         self.moved_rows: dict[str, list[KVCacheBlock]] = {}
+        self._last_step: tuple[RequestPlan | None, int, int] = (None, 0, 0)
+        self._last_peak = 0
         # requests of which nothing is hashed any more
         self._closed: set[str] = set()
         # requests whose row of this stage has been rewritten; it is asked often, and stays so
@@ -105,7 +107,12 @@ class StagedManager(FullAttentionManager):
             return lengths.physical(num_tokens, stage)
         if all_steps:
             return lengths.peak_bound(num_tokens, self.max_step, stage)
-        return lengths.peak(self.num_computed(request_id), num_tokens, stage)
+        # asked for twice in a step: once to count, once to allocate
+        step = plan, self.num_computed(request_id), num_tokens
+        if self._last_step[0] is not plan or self._last_step[1:] != step[1:]:
+            self._last_step = step
+            self._last_peak = lengths.peak(step[1], num_tokens, stage)
+        return self._last_peak
 
     def get_num_blocks_to_allocate(
         self,
@@ -116,6 +123,10 @@ class StagedManager(FullAttentionManager):
         **kwargs: Any,
     ) -> int:
         """Count by physical length, also for the admission check."""
+        if request_id not in self.plans:
+            return super().get_num_blocks_to_allocate(
+                request_id, num_tokens, new_computed_blocks, *args, **kwargs
+            )
         whole = bool(kwargs.get("apply_admission_cap", False))
         physical = self._physical(request_id, num_tokens, all_steps=whole)
         needed = super().get_num_blocks_to_allocate(
@@ -125,16 +136,20 @@ class StagedManager(FullAttentionManager):
             # alone a request shares no block, and then it needs no more
             return needed
         moving = self._moving(request_id, num_tokens)
+        if not moving:
+            return needed
         held = self.req_to_blocks.get(request_id, [])
         found = new_computed_blocks[max(0, moving.start - len(held)) : moving.stop - len(held)]
         # what is found is referenced by this request too once it is admitted
         others = sum(b.ref_cnt > 1 for b in held[moving.start : moving.stop])
-        return needed + others + (sum(b.ref_cnt > 0 for b in found) if moving else 0)
+        return needed + others + sum(b.ref_cnt > 0 for b in found)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Allocate by physical length, and the blocks that a row moves to."""
+        if request_id not in self.plans:
+            return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
         moving = self._moving(request_id, num_tokens)
         has_room = (
             len(moving) > 0
