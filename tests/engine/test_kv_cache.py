@@ -272,7 +272,7 @@ def test_blocks_of_a_step_are_those_of_its_peak_and_come_back_before_the_next():
     arguments = ((), 0, 0, 40)
     for step in (32, 8, *[1] * 30):
         after = computed["r"] + step
-        side.manager.free_emptied("r", computed["r"])
+        side.manager.free_emptied("r", lengths.all_stages(computed["r"]))
         held = math.ceil(lengths.physical(computed["r"], 1) / BLOCK)
         assert len(side.held("r")) == held
         assert side.grow("r", after) is not None
@@ -301,7 +301,7 @@ def test_blocks_that_tokens_are_packed_out_of_come_back_before_the_next_step(evi
     highest = 0
     for step in (32, 8, *[1] * 50):
         after = computed["r"] + step
-        side.manager.free_emptied("r", computed["r"])
+        side.manager.free_emptied("r", lengths.all_stages(computed["r"]))
         held = math.ceil(lengths.physical(computed["r"], 1) / BLOCK)
         assert len(side.held("r")) == held
         assert side.grow("r", after) is not None

@@ -268,7 +268,8 @@ class Run:
             assert not manager.moved_rows
             assert not manager._closed
             assert not manager._rewritten
-        assert not self.scheduler._private_rows._closed
+        rows = self.scheduler._private_rows
+        assert [rows._closed, rows._lengths, rows._checksums] == [set(), {}, {}]
 
     def execute(self, step):
         """Do what the runner does in a step."""

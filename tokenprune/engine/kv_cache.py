@@ -237,9 +237,9 @@ class StagedManager(FullAttentionManager):
         """Hash no more of a request: its next tokens see what is left of the others."""
         self._closed.add(request_id)
 
-    def free_emptied(self, request_id: str, num_computed: int) -> None:
-        """Give back the blocks that the last step emptied."""
-        held = self.plans[request_id].lengths.physical(num_computed, self.kv_cache_spec.stage)
+    def free_emptied(self, request_id: str, lengths: Sequence[int]) -> None:
+        """Give back the blocks that the last step emptied, of physical `lengths` per stage."""
+        held = lengths[self.kv_cache_spec.stage]
         blocks = self.req_to_blocks.get(request_id, [])
         emptied = blocks[-(-held // self.block_size) :]
         if emptied:

@@ -52,8 +52,8 @@ class GroupRows(Protocol):
     def close(self, request_id: str) -> None:
         """Hash no more of a request."""
 
-    def free_emptied(self, request_id: str, num_computed: int) -> None:
-        """Give back the blocks that the last step emptied."""
+    def free_emptied(self, request_id: str, lengths: Sequence[int]) -> None:
+        """Give back the blocks that the last step emptied, of physical `lengths` per stage."""
 
 
 class PrivateRows:
@@ -76,6 +76,8 @@ class PrivateRows:
         self._num_running = num_running
         self._has_room: dict[str, bool] = {}
         self._checksums: dict[str, int] = {}
+        # per request, tokens computed and physical lengths then
+        self._lengths: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._closed: set[str] = set()
 
     def begin_step(self) -> None:
@@ -99,6 +101,14 @@ class PrivateRows:
             self._has_room[request_id] = needed + spare <= free
         return self._has_room[request_id]
 
+    def lengths(self, request_id: str, num_computed: int) -> tuple[int, ...]:
+        """Return the physical lengths per stage; those after a step are asked for by the next."""
+        known = self._lengths.get(request_id)
+        if known is None or known[0] != num_computed:
+            known = num_computed, self._plans[request_id].lengths.all_stages(num_computed)
+            self._lengths[request_id] = known
+        return known[1]
+
     def settle(self, request_id: str, num_computed: int) -> None:
         """Take over what the last step of a request did to its rows.
 
@@ -112,12 +122,13 @@ class PrivateRows:
         )
         if closes:
             self._closed.add(request_id)
+        held = self.lengths(request_id, num_computed)
         rows: list[list[int] | None] = []
         for manager in self._managers:
             moved = manager.take_moved_row(request_id)
             if closes:
                 manager.close(request_id)
-            manager.free_emptied(request_id, num_computed)
+            manager.free_emptied(request_id, held)
             row = manager.req_to_blocks[request_id] if moved else None
             rows.append(None if row is None else [block.block_id for block in row])
         if any(row is not None for row in rows):
@@ -144,3 +155,4 @@ class PrivateRows:
         """Drop what is known of a request that gives up its blocks."""
         self._checksums.pop(request_id, None)
         self._closed.discard(request_id)
+        self._lengths.pop(request_id, None)

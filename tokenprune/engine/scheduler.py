@@ -145,7 +145,7 @@ class PruningScheduler(AsyncScheduler):
                     computed = self.requests[request_id].num_computed_tokens
                     expected[request_id] = Expected(
                         computed,
-                        plan.lengths.all_stages(computed),
+                        self._private_rows.lengths(request_id, computed),
                         tuple(len(m.req_to_blocks[request_id]) for m in self._managers),
                         self._private_rows.take_checksum(request_id),
                     )
@@ -162,3 +162,4 @@ class PruningScheduler(AsyncScheduler):
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._plans.pop(request.request_id, None)
+        self._private_rows.forget(request.request_id)
