@@ -1,10 +1,12 @@
 """Plans: parts of the axes, the lengths that follow, and what is refused or skipped."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.plans import reasons
 from tokenprune.errors import PolicyError
-from tokenprune.lengths import PhysicalLengths, PromptLayout
+from tokenprune.lengths import MANY, PhysicalLengths, PromptLayout
 from tokenprune.plan import DEFAULT_REFUSED, make_default_plan, make_plan
 from tokenprune.policies import PromptPolicy, methods
 from tokenprune.request import OFF, parse_flat, parse_pruning
@@ -208,3 +210,59 @@ def test_the_widest_window_of_queries_counts():
     asked = parse_pruning({"channels": {"method": "think", "window": 7}, "kv": {"method": "lagkv"}})
     assert make_plan(asked, PromptLayout(5000), engine).query_window == 7
     assert make_plan(OFF, PromptLayout(5000), engine).query_window == 0
+
+
+IMAGE_AT_100 = PromptLayout(1000, ((100, 400),))
+SMALL = {"method": "lagkv", "sink": 16, "lag": 64}
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt", "shared", "longest"),
+    [
+        pytest.param({"kv": SMALL}, PromptLayout(1000), MANY, 999, id="evicts-after-the-prompt"),
+        pytest.param(
+            {"kv": SMALL | {"when": "chunk"}}, PromptLayout(1000), MANY, 143, id="after-a-chunk"
+        ),
+        pytest.param({"kv": SMALL}, PromptLayout(50), MANY, 143, id="while-it-answers"),
+        pytest.param(
+            {"kv": SMALL | {"keep_ratio": 1}}, PromptLayout(1000), MANY, MANY - 1, id="keeps-all"
+        ),
+        pytest.param({"visual": {"method": "uniform"}}, IMAGE_AT_100, 100, 100, id="ranks"),
+        pytest.param({"visual": {"method": "vflowopt"}}, IMAGE_AT_100, 100, 100, id="images"),
+        pytest.param({"visual": {"method": "transprune"}}, IMAGE_AT_100, 0, 0, id="whole-prompt"),
+        pytest.param(
+            {"visual": {"method": "uniform"}, "kv": SMALL | {"when": "chunk", "lag": 32}},
+            IMAGE_AT_100,
+            100,
+            79,
+            id="both",
+        ),
+        pytest.param(
+            {"channels": {"method": "think", "window": 32}},
+            PromptLayout(1000),
+            MANY,
+            968,
+            id="a-window-of-queries",
+        ),
+        # the last rows of a stage that holds 730 tokens of the prompt
+        pytest.param(
+            {
+                "channels": {"method": "think", "window": 200, "recent": 8},
+                "visual": {"method": "uniform", "keep_ratio": 0.1},
+            },
+            PromptLayout(500, ((190, 490),)),
+            190,
+            30,
+            id="a-window-before-the-image",
+        ),
+    ],
+)
+def test_a_cached_prefix_ends_where_something_else_would_be_computed(
+    asked, prompt, shared, longest
+):
+    engine = replace(ENGINE, allow_channel_pruning=True, head_size=64, block_size=16)
+    plan = make_plan(parse_pruning(asked), prompt, engine)
+    assert plan.is_pruned
+    assert (plan.shared_tokens, plan.longest_hit) == (shared, longest)
+    for n in range(min(plan.longest_hit, 2000) + 1):
+        assert plan.lengths.all_stages(n) == (n,) * engine.num_stages

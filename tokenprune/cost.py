@@ -10,7 +10,8 @@ gated MLP of width `I`, in multiply-accumulates (MACs):
 One MAC is two FLOPs. `causal=False` counts `p = n^2`, as published tables do. Not counted: what
 pruning leaves as it is (the vision tower, embeddings, norms, and the output head), and scores that
 are made in the vision tower. What a method's own scores cost in the decoder is the method's to
-say (`VisualPolicy.score_macs`). Prefix cache hits are not credited: pruned requests have none.
+say (`VisualPolicy.score_macs`). Prefix cache hits are credited to neither count: both are of a
+prompt that is computed from its first token on.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Self
 
+# more tokens than any request has
+MANY = 1 << 62
+
 
 @dataclass(frozen=True, slots=True)
 class PromptLayout:
@@ -199,6 +202,43 @@ class PhysicalLengths:
     def frees_blocks(self) -> bool:
         """Whether blocks may be emptied while the request lives."""
         return self.eviction is not None or self.packing is not None
+
+    @property
+    def whole_until(self) -> int:
+        """Most tokens of which none is evicted or packed yet at any stage, for all that is sure."""
+        firsts = [MANY]
+        eviction = self.eviction
+        if eviction is not None and min(eviction.keep) < eviction.lag:
+            at = eviction.first_cut_at
+            firsts.append(max(at, self.num_prompt_tokens) if eviction.after_prompt else at)
+        if self.packing is not None:
+            firsts.append(self.num_prompt_tokens)
+        return min(firsts) - 1
+
+    @property
+    def rewritten_from(self) -> int:
+        """First slot that is ever written again once tokens are evicted or packed."""
+        # packed blocks come first in the row
+        return 0 if self.packing is not None or self.eviction is None else self.eviction.sink
+
+    def _evicted(self, num_computed: int, stage: int) -> bool:
+        eviction = self.eviction
+        if eviction is None or eviction.keep[stage] == eviction.lag:
+            return False
+        return self.partitions_cut(num_computed, stage) > 0
+
+    def is_rewritten(self, num_computed: int, stage: int) -> bool:
+        """Return whether slots of `stage` hold other tokens than at first."""
+        return self._evicted(num_computed, stage) or self.packed_blocks(num_computed, stage) > 0
+
+    def rewritten_until(self, num_computed: int, stage: int) -> int:
+        """Return the slots in use once the step that first rewrites `stage` has rewritten them.
+
+        Tokens are evicted before those that are left are packed, which then happens in place.
+        """
+        if self._evicted(num_computed, stage):
+            return self.tokens_held(num_computed, stage)
+        return self.physical(num_computed, stage)
 
     def written(self, num_computed: int, stage: int) -> int:
         """Return the slots written at `stage` for `num_computed` tokens, evicted ones included."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from tokenprune.errors import PolicyError
-from tokenprune.lengths import PhysicalLengths, PromptLayout
+from tokenprune.lengths import MANY, PhysicalLengths, PromptLayout
 from tokenprune.policies import (
     AXES,
     AfterPrompt,
@@ -69,6 +69,24 @@ class RequestPlan:
         """Last prompt rows whose queries a method looks at; 0 for none."""
         kv = self.kv.policy.query_window if self.kv is not None else 0
         return max(kv, self.channels.policy.window if self.channels is not None else 0)
+
+    @property
+    def shared_tokens(self) -> int:
+        """First tokens whose KV is that of an unpruned request until some is evicted or packed."""
+        return MANY if self.visual is None else self.visual.shared_tokens
+
+    @property
+    def longest_hit(self) -> int:
+        """Most tokens that a prefix cache may bring, with all that is chosen later still the same.
+
+        All of them are held whole: as many slots at every stage as there are tokens.
+        """
+        longest = min(self.shared_tokens, self.lengths.whole_until)
+        if self.query_window == 0:
+            return longest
+        # queries of cached tokens are kept nowhere
+        prompt = self.lengths.num_prompt_tokens
+        return max(0, min(longest, min(self.lengths.all_written(prompt)) - self.query_window))
 
     def refuse_what_is_skipped(self) -> None:
         """Refuse what a request asked for itself and this server cannot do.

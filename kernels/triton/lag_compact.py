@@ -7,7 +7,9 @@ from torch import Tensor
 from tokenprune.kernels.ops.backend import ceil_div, device_guard, next_power_of_2
 
 
-def lag_compact_triton(cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
+def lag_compact_triton(
+    cache: Tensor, blocks: Tensor, source: Tensor, begin: int, into: Tensor
+) -> None:
     """Compute `lag_compact` with Triton; the arguments are its own."""
     h, width = cache.shape[1], cache.shape[3]
     if source.shape[1] == 0:
@@ -15,7 +17,7 @@ def lag_compact_triton(cache: Tensor, blocks: Tensor, source: Tensor, begin: int
     block_w = min(next_power_of_2(width), 64)
     with device_guard(cache):
         compact_kernel[(h, ceil_div(width, block_w))](
-            *(cache, blocks.contiguous(), source.contiguous()),
+            *(cache, blocks.contiguous(), into.contiguous(), source.contiguous()),
             *(begin, source.shape[1], source.shape[1] if source.shape[0] > 1 else 0),
             *(cache.shape[2], width, *cache.stride()[:3]),
             BLOCK_M=8192 // block_w,
@@ -28,6 +30,7 @@ def lag_compact_triton(cache: Tensor, blocks: Tensor, source: Tensor, begin: int
 def compact_kernel(
     cache_ptr,
     blocks_ptr,
+    into_ptr,
     source_ptr,
     begin,
     num_rows,
@@ -52,7 +55,7 @@ def compact_kernel(
         take = tl.load(source_ptr + rows, mask=in_range, other=0)
         put = begin + rows
         from_block = tl.load(blocks_ptr + take // block_size, mask=in_range, other=0)
-        to_block = tl.load(blocks_ptr + put // block_size, mask=in_range, other=0)
+        to_block = tl.load(into_ptr + put // block_size, mask=in_range, other=0)
         at = from_block.to(tl.int64) * stride_b + (take % block_size) * stride_s
         to = to_block.to(tl.int64) * stride_b + (put % block_size) * stride_s
         tile = tl.load(cache_ptr + at[:, None] + cols[None, :], mask=in_tile, other=0.0)

@@ -32,9 +32,14 @@ _count = itertools.count()
 
 
 class Engine:
-    """vLLM in this process, so that tests see the scheduler and its block pool."""
+    """vLLM in this process, so that tests see the scheduler and its block pool.
+
+    Attributes:
+        hits: Tokens that the prefix cache brought to each of the last requests, as vLLM reports.
+    """
 
     def __init__(self, checkpoint: Path, *, pruning: bool = True, **arguments: Any) -> None:
+        self.hits: list[int] = []
         from vllm import LLM
 
         defaults: dict[str, Any] = {
@@ -111,6 +116,7 @@ class Engine:
     def _ask(self, prompts: list[Any], asks: Sequence[Ask]) -> list[Answer]:
         params = [_sampling(a, logprobs=5) for a in asks]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        self.hits = [o.num_cached_tokens for o in outputs]
         return [
             Answer(
                 list(o.outputs[0].token_ids),

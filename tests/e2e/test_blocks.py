@@ -78,6 +78,7 @@ def test_what_the_worker_counts_is_what_was_evicted(engine: Engine) -> None:
 
     before = figures()
     ask = Ask(STORY, (), kv("streaming", lag=16), 40)
+    engine.llm.reset_prefix_cache()
     (answer,) = engine.ask(ask)
     written, evicted, freed = (b - a for a, b in zip(before, figures(), strict=True))
     computed = len(engine.llm.get_tokenizer().encode(STORY)) + len(answer.tokens) - 1
@@ -95,7 +96,8 @@ def test_at_half_the_key_channels_a_long_prompt_holds_a_fifth_fewer_blocks(
     packed = Ask(LONG, (), channels(window=32, recent=32), 100)
     pruned = held_while_running(packing_engine, packed)
     assert len(stock) == len(pruned)
-    assert pruned[0] == stock[0], "the prompt is held whole once"
+    # the prompt is held whole once, beside the blocks that its row moves to
+    assert 0 < pruned[0] - stock[0] <= pruned[1]
     # from the step after the prompt on, also while generated tokens age
     for before, after in zip(stock[2:], pruned[2:], strict=True):
         assert after <= 0.8 * before

@@ -31,7 +31,8 @@ def test_a_scheduler_that_counts_otherwise_stops_the_engine_before_it_writes(
 
 
 def test_a_scheduler_that_forgets_to_free_stops_the_engine(checkpoint: Path) -> None:
-    engine = Engine(checkpoint, prune_layers=[])
+    # with a prefix cache the row moves to as many blocks as it needs
+    engine = Engine(checkpoint, prune_layers=[], enable_prefix_caching=False)
     try:
         request_id = start(engine, Ask(STORY, (), kv("lagkv"), max_tokens=20))
         for manager in engine.scheduler._managers:

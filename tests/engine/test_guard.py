@@ -7,7 +7,15 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from tests.engine.kv.caches import attention_layer, layers_of, named, random_table, rows_of, step_of
+from tests.engine.kv.caches import (
+    attention_layer,
+    layers_of,
+    moved_rows_of,
+    named,
+    random_table,
+    rows_of,
+    step_of,
+)
 from tokenprune.engine.guard import PolicyGuard, checked, evenly
 from tokenprune.engine.kv.evictor import Evictor
 from tokenprune.engine.stats import WorkerStats
@@ -82,7 +90,7 @@ def test_a_scorer_that_fails_leaves_as_many_rows_as_were_planned(monkeypatch, st
     layer = attention_layer("TRITON_ATTN", cache, impl=type("Impl", (), {"scale": 1.0}))
     table = random_table(40, generator)
     old = rows_of(cache, table[0])
-    evictor = Evictor(layers_of(named([layer]), table, 4), shape, stats)
+    evictor = Evictor(layers_of(named([layer]), table, 4), shape, stats, moved_rows_of(table))
     evictor.after_forward(step_of(request, 0, 0, n))
     held = request.lengths.physical(n, 0)
     new = rows_of(cache, table[0])[:, :held]

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from tests.plans import lengths_of, plan_of
 from tokenprune.lengths import Eviction, Packing
+from tokenprune.plan import RequestPlan
+from tokenprune.policies import KnownRows
+from tokenprune.policies.visual.uniform import UniformVisual
 from tokenprune.shape import EngineShape
 
 pytest.importorskip("vllm", reason="needs vLLM")
@@ -33,6 +36,7 @@ from tokenprune.engine.kv_cache import (
     register_specs,
     shape_of_cache,
 )
+from tokenprune.engine.private_rows import PrivateRows, row_checksum
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 BLOCK = 4
@@ -268,7 +272,7 @@ def test_blocks_of_a_step_are_those_of_its_peak_and_come_back_before_the_next():
     arguments = ((), 0, 0, 40)
     for step in (32, 8, *[1] * 30):
         after = computed["r"] + step
-        side.manager.free_emptied("r", computed["r"])
+        side.manager.free_emptied("r", lengths.all_stages(computed["r"]))
         held = math.ceil(lengths.physical(computed["r"], 1) / BLOCK)
         assert len(side.held("r")) == held
         assert side.grow("r", after) is not None
@@ -297,7 +301,7 @@ def test_blocks_that_tokens_are_packed_out_of_come_back_before_the_next_step(evi
     highest = 0
     for step in (32, 8, *[1] * 50):
         after = computed["r"] + step
-        side.manager.free_emptied("r", computed["r"])
+        side.manager.free_emptied("r", lengths.all_stages(computed["r"]))
         held = math.ceil(lengths.physical(computed["r"], 1) / BLOCK)
         assert len(side.held("r")) == held
         assert side.grow("r", after) is not None
@@ -336,14 +340,116 @@ def test_every_process_reads_from_the_specs_what_the_worker_can_do(specs, kv, ch
         assert found is None if expected is None else expected in found
 
 
-def test_blocks_of_a_pruned_request_never_reach_the_prefix_cache():
-    plans = {"pruned": BY_NAME}
-    side = Side(StagedManager, staged(1), plans=plans)
-    for name in ("pruned", "plain"):
+def test_what_is_before_the_first_image_reaches_the_prefix_cache_and_nothing_else():
+    # the first visual token is at 6: one block of four is before it
+    positions = tuple(range(6, 13))
+    lengths = lengths_of(16, ((), positions))
+    visual = KnownRows(UniformVisual(), (), (7, 0), (tuple(range(7)), ()), positions)
+    plans = {"known": RequestPlan(lengths, visual=visual), "counted": BY_COUNT}
+    for name, expected in (("known", 1), ("counted", 0), ("plain", 4)):
+        side = Side(StagedManager, staged(1), plans=plans)
         side.grow(name, 16)
-        before = side.num_cached
         side.cache(request(name, 17), 16)
-        assert side.num_cached - before == (0 if name == "pruned" else 4)
+        assert side.num_cached == expected
+
+
+class Evicting(Side):
+    """A side whose request `r` evicts from its prompt of 41 at the end of it, among others."""
+
+    LENGTHS = lengths_of(41, ((), ()), Eviction(6, 8, (2, 2), after_prompt=True))
+
+    def __init__(self, num_blocks=64):
+        plans = {"r": plan_of(self.LENGTHS, visual=False)}
+        super().__init__(StagedManager, staged(1), num_blocks, plans=plans)
+        self.private_rows = PrivateRows([self.manager], plans, lambda: 0)
+        self.manager.private_rows = self.private_rows
+        self.computed = {"r": 0}
+        self.manager.num_computed = self.computed.__getitem__
+        self.request = request("r", 60)
+
+    def step(self, num_tokens):
+        """Schedule a step of `r` as vLLM does."""
+        self.private_rows.begin_step()
+        if self.computed["r"]:
+            self.private_rows.settle("r", self.computed["r"])
+        needed = self.needed("r", num_tokens)
+        assert needed <= self.pool.get_num_free_blocks()
+        if self.computed["r"] == 0:
+            self.manager.add_local_computed_blocks("r", (), 0, 0)
+        free = self.pool.get_num_free_blocks()
+        self.manager.allocate_new_blocks("r", num_tokens, num_tokens)
+        self.cache(self.request, num_tokens)
+        self.computed["r"] = num_tokens
+        return free - self.pool.get_num_free_blocks() - needed
+
+
+def test_a_row_that_is_cut_leaves_its_hashed_blocks_to_others():
+    side = Evicting()
+    # the last step adds a block that will be full and hashed, and one that will not
+    assert side.step(36) == 0
+    moved = side.step(41)
+    raw = side.held("r")
+    assert len(raw) == 11
+    # 6 sink + 3 * 2 kept + 11 that nothing follows for long enough: 23 slots, six blocks, of
+    # which the first is all sink
+    (target,) = side.private_rows.of_step()["r"]
+    assert len(target) == 6
+    assert moved == 5
+    assert target[0] == raw[0]
+    assert not set(target[1:]) & set(raw)
+    hashed = side.num_cached
+    assert hashed == 41 // BLOCK
+    # the output of the step may still be hashed before the next one is scheduled
+    side.cache(side.request, 41)
+    side.step(42)
+    assert side.held("r") == target
+    assert side.private_rows.take_checksum("r") == row_checksum([target])
+    assert side.private_rows.take_checksum("r") is None
+    # all but the sink's block is free again, and can still be found
+    assert side.pool.get_num_free_blocks() == side.empty - 6
+    assert side.num_cached == hashed
+    side.cache(side.request, 42)
+    side.step(48)
+    side.cache(side.request, 48)
+    assert side.num_cached == hashed, "nothing is hashed of what saw an evicted context"
+    side.manager.free("r")
+    assert side.pool.get_num_free_blocks() == side.empty
+
+
+def test_without_room_a_row_is_cut_in_place_and_found_by_nobody():
+    # the prompt, the null block, and two blocks to spare
+    side = Evicting(num_blocks=11 + 1 + 2)
+    side.step(36)
+    other = side.manager.req_to_blocks["r"][3]
+    side.pool.touch([other])
+    # one block more than without sharing: the one that someone else reads
+    assert side.needed("r", 41) == 2 + 1
+    side.step(41)
+    raw = side.held("r")
+    (target,) = side.private_rows.of_step()["r"]
+    assert [j for j in range(6) if target[j] != raw[j]] == [3]
+    # of the row only the sink's block and the one that is left can be found
+    known = [side.pool.blocks[b].block_hash is not None for b in raw[:6]]
+    assert known == [True, False, False, True, False, False]
+    side.step(42)
+    side.cache(side.request, 42)
+    assert side.held("r") == target
+    assert other.ref_cnt == 1
+
+
+def test_a_request_that_goes_while_its_row_moves_gives_both_rows_back():
+    side = Evicting()
+    side.step(36)
+    side.step(41)
+    assert side.private_rows.of_step()
+    side.manager.free("r")
+    assert side.pool.get_num_free_blocks() == side.empty
+    assert not side.private_rows.of_step()
+    # it comes again, and is hashed again
+    side.computed["r"] = 0
+    before = side.num_cached
+    side.step(36)
+    assert side.num_cached >= before
 
 
 operations = st.lists(

@@ -19,6 +19,8 @@ pytest.importorskip("vllm", reason="needs vLLM")
 
 SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
 MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
+KV_MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+POOL = "vllm.v1.core.block_pool:BlockPool"
 RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 OUTPUT_PROCESSOR = "vllm.v1.engine.output_processor:OutputProcessor"
@@ -56,13 +58,20 @@ OVERRIDDEN = [
         "request num_computed_tokens num_new_tokens encoder_compute_budget",
     ),
     (SCHEDULER, "_handle_blocked_waiting_request", "request"),
+    (SCHEDULER, "_get_local_prefix_cache_hit", "request"),
     (SCHEDULER, "schedule", ""),
     (SCHEDULER, "add_request", "request"),
     (SCHEDULER, "_free_blocks", "request"),
     (SCHEDULER, "update_from_output", "scheduler_output model_runner_output"),
-    (MANAGER, "get_num_blocks_to_allocate", "request_id num_tokens"),
+    (MANAGER, "get_num_blocks_to_allocate", "request_id num_tokens new_computed_blocks"),
     (MANAGER, "allocate_new_blocks", "request_id num_tokens"),
-    (MANAGER, "cache_blocks", "request"),
+    (MANAGER, "cache_blocks", "request num_tokens"),
+    (MANAGER, "_cache_partial_tail_block", "request"),
+    (MANAGER, "pop_blocks_for_free", "request_id"),
+    (KV_MANAGER, "truncate_computed_blocks", "blocks num_computed_tokens"),
+    (POOL, "evict_blocks", "block_ids"),
+    (POOL, "get_new_blocks", "num_blocks"),
+    (POOL, "free_blocks", "ordered_blocks"),
     (RUNNER, "__init__", "vllm_config device"),
     (RUNNER, "prepare_attn", "input_batch"),
     (RUNNER, "add_requests", "scheduler_output"),
@@ -163,7 +172,7 @@ def test_a_dataclass_has_the_fields_we_read(path, fields):
 @pytest.mark.parametrize(
     ("path", "attributes"),
     [
-        ("vllm.v1.request:Request", "num_prompt_tokens skip_reading_prefix_cache resumable"),
+        ("vllm.v1.request:Request", "num_prompt_tokens resumable request_id"),
         ("vllm.v1.request:Request", "mm_features sampling_params num_computed_tokens"),
         (TABLES, "slot_mappings num_blocks block_tables block_sizes"),
         ("vllm.v1.worker.gpu.states:RequestState", "req_id_to_index prompt_len"),
@@ -180,8 +189,11 @@ def test_a_dataclass_has_the_fields_we_read(path, fields):
         ("vllm.model_executor.models.siglip:SiglipVisionModel", "vision_model"),
         ("vllm.v1.core.sched.scheduler:Scheduler", "requests running kv_cache_manager"),
         ("vllm.v1.core.sched.scheduler:Scheduler", "vllm_config"),
-        ("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator"),
+        ("vllm.v1.core.sched.scheduler:Scheduler", "block_size"),
+        (KV_MANAGER, "coordinator enable_caching"),
         (MANAGER, "kv_cache_spec req_to_blocks block_size block_pool"),
+        (MANAGER, "new_block_ids records_new_block_ids"),
+        ("vllm.v1.core.kv_cache_utils:KVCacheBlock", "block_id ref_cnt block_hash"),
         ("vllm.model_executor.layers.attention.attention:Attention", "kv_cache impl"),
     ],
 )
@@ -289,6 +301,35 @@ def test_the_admission_check_says_that_it_is_one():
         load("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.get_num_blocks_to_allocate")
     )
     assert source.count("apply_admission_cap=apply_admission_cap") == 2
+
+
+def test_a_hit_is_looked_up_once_in_one_place_when_a_request_is_admitted():
+    source = inspect.getsource(load(f"{SCHEDULER}.schedule"))
+    assert source.count("self._get_local_prefix_cache_hit(request)") == 1
+    returned = typing.get_type_hints(load(f"{SCHEDULER}._get_local_prefix_cache_hit"))["return"]
+    blocks = load("vllm.v1.core.kv_cache_manager:KVCacheBlocks")
+    assert returned == tuple[blocks, int, int, bool]
+
+
+def test_blocks_are_counted_then_found_ones_are_referenced_then_new_ones_allocated_then_hashed():
+    source = inspect.getsource(load(f"{KV_MANAGER}.allocate_slots"))
+    calls = [
+        "self.coordinator.get_num_blocks_to_allocate(",
+        "self.coordinator.allocate_new_computed_blocks(",
+        "self.coordinator.allocate_new_blocks(",
+        "self.coordinator.cache_blocks(",
+    ]
+    places = [source.rindex(call) for call in calls]
+    assert places == sorted(places)
+
+
+def test_a_preempted_request_gives_its_blocks_up_through_the_managers():
+    coordinator = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
+    assert "manager.free(" in inspect.getsource(load(f"{coordinator}.free"))
+    assert "self.pop_blocks_for_free(" in inspect.getsource(load(f"{MANAGER}.free"))
+    pool = inspect.getsource(load(f"{POOL}.free_blocks"))
+    # hashed blocks join the tail of the queue, so what a row leaves can still be found
+    assert "self.free_block_queue.append_n(blocks_to_evict_last)" in pool
 
 
 def test_block_ids_of_running_requests_are_only_ever_appended():

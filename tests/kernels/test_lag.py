@@ -153,6 +153,14 @@ def test_wrong_inputs_are_named():
         lag_keep(torch.zeros(1, 4), 2)
     with pytest.raises(ValueError, match=r"source must be \[2 or 1, m\]"):
         lag_compact(torch.zeros(1, 2, 4, 4), torch.zeros(1), torch.zeros(3, 1), 0)
+    with pytest.raises(ValueError, match=r"into must be 1-D and hold the destinations 0\.\.4"):
+        lag_compact(
+            torch.zeros(2, 1, 4, 4),
+            torch.tensor([0, 1]),
+            torch.arange(5)[None],
+            0,
+            into=torch.tensor([1]),
+        )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -215,6 +223,32 @@ def test_rows_move_to_the_front_of_each_head(
     assert torch.equal(cache[blocks.long()].transpose(0, 1).reshape(h, -1, width), expected)
     # no other request's block is touched
     others = [b for b in range(num_blocks + 3) if b not in blocks.tolist()]
+    assert torch.equal(cache[others], before[others])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["all-blocks", "some-blocks"])
+def test_rows_move_to_other_blocks_and_leave_the_old_ones(
+    generator, device, monkeypatch, backend, mixed
+):
+    monkeypatch.setattr("tokenprune.kernels.ops.lag_compact.TILE", 7)
+    h, size, width, begin, m, n = 2, 4, 70, 5, 150, 420
+    cache = torch.randn(160, h, size, width, generator=generator).to(device)
+    order = torch.randperm(160, generator=generator).int().to(device)
+    blocks, into = order[: n // size], order[n // size :][: -(-(begin + m) // size)].clone()
+    if mixed:
+        # every third block stays in its place of the row
+        into[::3] = blocks[: len(into)][::3]
+    source = torch.stack(
+        [torch.randperm(n - begin, generator=generator)[:m].sort().values + begin for _ in range(h)]
+    ).to(device)
+    before = cache.clone()
+    lag_compact(cache, blocks, source, begin, into=into, backend=backend)
+    rows = before[blocks.long()].transpose(0, 1).reshape(h, -1, width)
+    found = cache[into.long()].transpose(0, 1).reshape(h, -1, width)
+    for head in range(h):
+        assert torch.equal(found[head, begin : begin + m], rows[head, source[head]])
+    others = [b for b in range(160) if b not in into.tolist()]
     assert torch.equal(cache[others], before[others])
 
 

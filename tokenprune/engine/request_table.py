@@ -11,15 +11,31 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from tokenprune.engine.private_rows import MOVED_ROWS, MovedRow, row_checksum
 from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PrunedRequest
 from tokenprune.errors import DivergenceError
 from tokenprune.shape import EngineShape
 
-# attribute added to SchedulerOutput: {request id: (tokens computed after the step, physical
-# lengths per stage then, blocks per KV cache group during it)} of the pruned requests in the step
+# attribute added to SchedulerOutput: {request id: Expected} of the pruned requests in the step
 EXPECTED_LENGTHS = "tokenprune"
+
+
+class Expected(NamedTuple):
+    """What scheduler and worker must both find of a pruned request in a step.
+
+    Attributes:
+        num_computed: Tokens computed after the step.
+        lengths: Physical lengths per stage then.
+        num_blocks: Blocks per KV cache group during the step.
+        moved: Checksum of the rows that have moved since its last step, None where none has.
+    """
+
+    num_computed: int
+    lengths: tuple[int, ...]
+    num_blocks: tuple[int, ...]
+    moved: int | None = None
 
 
 class StepNeeds(NamedTuple):
@@ -56,6 +72,8 @@ class RequestTable:
         self._stats = stats
         self._device = device
         self.requests: list[PrunedRequest | None] = [None] * max_num_reqs
+        # what became of rows that moved: blocks per group, until the request runs again
+        self._moved: dict[int, MovedRow] = {}
         self.is_pruned = np.zeros(max_num_reqs, dtype=bool)
         self.index_offset = np.zeros((shape.num_stages, max_num_reqs), dtype=np.int32)
         self.index_offset_on_device: Tensor = torch.from_numpy(self.index_offset.copy()).to(device)
@@ -92,10 +110,18 @@ class RequestTable:
         if not self.is_pruned[row]:
             return False
         self.requests[row] = None
+        self._moved.pop(row, None)
         self.is_pruned[row] = False
         self.index_offset[:, row] = 0
         self.index_offset_on_device[:, row] = 0
         return True
+
+    def moved_rows(self, output: SchedulerOutput, rows: dict[str, int]) -> dict[int, MovedRow]:
+        """Return the rows that move in a step, by row; they are checked when it runs again."""
+        moved = getattr(output, MOVED_ROWS, {})
+        found = {rows[request_id]: blocks for request_id, blocks in moved.items()}
+        self._moved |= found
+        return found
 
     def _send(self, row: int) -> None:
         offsets = torch.from_numpy(self.index_offset[:, row]).to(self._device)
@@ -124,9 +150,12 @@ class RequestTable:
             if request is None or not request.lengths.frees_blocks:
                 continue
             freed = 0
+            moved = self._moved.get(row)
             for stage, held in enumerate(request.lengths.all_stages(computed)):
                 for group in groups[stage]:
                     needed = -(-held // block_tables.block_sizes[group])
+                    if moved is not None and (blocks := moved[group]) is not None:
+                        del blocks[needed:]
                     freed += max(0, int(num_blocks[group, row]) - needed)
                     num_blocks[group, row] = min(num_blocks[group, row], needed)
             if freed:
@@ -159,7 +188,9 @@ class RequestTable:
             found = None
             if request is not None:
                 blocks = tuple(block_tables.num_blocks.np[:, row].tolist())
-                found = (after, request.lengths.all_stages(after), blocks)
+                to_check = self._moved.pop(row, None)
+                checksum = None if to_check is None else row_checksum(to_check)
+                found = Expected(after, request.lengths.all_stages(after), blocks, checksum)
             if request is None or found != expected:
                 raise DivergenceError(
                     f"request {request_id}: the scheduler counts {expected}, the worker {found}"

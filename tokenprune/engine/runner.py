@@ -20,6 +20,7 @@ from tokenprune.engine.families import family_of
 from tokenprune.engine.kv.cache_layers import cache_layers
 from tokenprune.engine.kv.channel_packer import ChannelPacker
 from tokenprune.engine.kv.evictor import Evictor
+from tokenprune.engine.kv.moved_rows import MovedRows
 from tokenprune.engine.kv.query_observer import QueryObserver
 from tokenprune.engine.kv_cache import StagedAttentionSpec, shape_of_cache
 from tokenprune.engine.layer_specs import staged_specs
@@ -57,6 +58,7 @@ class PruningModelRunner(GPUModelRunner):
         self._staged: StagedPrefill | None = None
         self._observer: QueryObserver | None = None
         self._packer: ChannelPacker | None = None
+        self._moved_rows: MovedRows | None = None
         # all that acts in a step, in this order
         self._actors: list[StepActor] = []
         self._step: PrunedStep | None = None
@@ -154,11 +156,17 @@ class PruningModelRunner(GPUModelRunner):
         if packs or scores_by_queries:
             observer = QueryObserver(layers, self.shape.num_stages)
         self._observer = observer
+        self._moved_rows = MovedRows(self.block_tables, self.device)
         # tokens are evicted before those that are left are packed, and queries are dropped last
-        self._actors.append(Evictor(layers, self.shape, self.stats, observer))
+        self._actors.append(Evictor(layers, self.shape, self.stats, self._moved_rows, observer))
         if observer is not None and packs:
             self._packer = ChannelPacker(
-                layers, observer, self.shape.num_stages, self.max_num_reqs, self.stats
+                layers,
+                observer,
+                self.shape.num_stages,
+                self.max_num_reqs,
+                self.stats,
+                self._moved_rows,
             )
             self.model_state.packer = self._packer
             self._actors.append(self._packer)
@@ -219,6 +227,8 @@ class PruningModelRunner(GPUModelRunner):
         self._needs = self._table.update(
             scheduler_output, rows, self.req_states.num_computed_tokens_np, self.block_tables
         )
+        if self._moved_rows is not None:
+            self._moved_rows.begin_step(self._table.moved_rows(scheduler_output, rows))
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[Tensor, ...], Any]:
         """Compute block tables and slots, by physical length where requests are pruned."""

@@ -10,9 +10,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from tokenprune.engine.kv_cache import StagedManager, shape_of_cache
+from tokenprune.engine.private_rows import MOVED_ROWS, PrivateRows
 from tokenprune.engine.prompts import plan_request, prompt_layout, visual_ranges
 from tokenprune.engine.reporting import Relay
-from tokenprune.engine.request_table import EXPECTED_LENGTHS
+from tokenprune.engine.request_table import EXPECTED_LENGTHS, Expected
 from tokenprune.engine.shape import engine_shape
 from tokenprune.engine.startup import check_supported, stock_scheduler, why_stock
 from tokenprune.engine.waiting_budget import WaitingBudget
@@ -46,6 +47,10 @@ class PruningScheduler(AsyncScheduler):
             manager.plans = self._plans
             manager.num_computed = self._num_computed
             manager.max_step = self.vllm_config.scheduler_config.max_num_batched_tokens
+        self._private_rows = PrivateRows(self._managers, self._plans, lambda: len(self.running))
+        if self.kv_cache_manager.enable_caching:
+            for manager in self._managers:
+                manager.private_rows = self._private_rows
         shape = self._shape = shape_of_cache(self._shape, [m.kv_cache_spec for m in managers])
         assert shape.max_num_waiting_tokens is not None
         self._waiting_budget = WaitingBudget(
@@ -67,7 +72,6 @@ class PruningScheduler(AsyncScheduler):
             plan = self._plan(request)
             if plan is not None and plan.is_pruned:
                 self._plans[request.request_id] = plan
-                request.skip_reading_prefix_cache = True
         super().add_request(request)
 
     def _plan(self, request: Request) -> RequestPlan | None:
@@ -87,6 +91,20 @@ class PruningScheduler(AsyncScheduler):
         """Pass over prompts that the worker has no room for."""
         is_ready = super()._handle_blocked_waiting_request(request, *args, **kwargs)
         return bool(is_ready and self._waiting_budget.admits(request, self.running))
+
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Look the prompt up, and take no more of a hit than leaves all choices the same."""
+        hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        plan = self._plans.get(request.request_id)
+        if plan is None:
+            return hit
+        blocks, num_computed, *rest = hit
+        # physical lengths know whole blocks of a hit only
+        longest = plan.longest_hit // self.block_size * self.block_size
+        if num_computed <= longest and num_computed % self.block_size == 0:
+            return hit
+        longest = min(longest, num_computed // self.block_size * self.block_size)
+        return self.kv_cache_manager.truncate_computed_blocks(blocks, longest), longest, *rest
 
     def _try_schedule_encoder_inputs(
         self,
@@ -113,11 +131,11 @@ class PruningScheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Free what the last step emptied, schedule a step, and say which lengths are expected."""
         self._waiting_budget.begin_step()
+        self._private_rows.begin_step()
         for request in self.running:
             plan = self._plans.get(request.request_id)
             if plan is not None and plan.lengths.frees_blocks:
-                for manager in self._managers:
-                    manager.free_emptied(request.request_id, request.num_computed_tokens)
+                self._private_rows.settle(request.request_id, request.num_computed_tokens)
         output = super().schedule(*args, **kwargs)
         if self._plans:
             expected = {}
@@ -125,9 +143,14 @@ class PruningScheduler(AsyncScheduler):
                 plan = self._plans.get(request_id)
                 if plan is not None:
                     computed = self.requests[request_id].num_computed_tokens
-                    blocks = tuple(len(m.req_to_blocks[request_id]) for m in self._managers)
-                    expected[request_id] = (computed, plan.lengths.all_stages(computed), blocks)
+                    expected[request_id] = Expected(
+                        computed,
+                        self._private_rows.lengths(request_id, computed),
+                        tuple(len(m.req_to_blocks[request_id]) for m in self._managers),
+                        self._private_rows.take_checksum(request_id),
+                    )
             setattr(output, EXPECTED_LENGTHS, expected)
+            setattr(output, MOVED_ROWS, self._private_rows.of_step())
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, output: Any) -> Any:
@@ -139,3 +162,4 @@ class PruningScheduler(AsyncScheduler):
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._plans.pop(request.request_id, None)
+        self._private_rows.forget(request.request_id)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from tokenprune.engine.kv.cache_layers import cache_layers
+from tokenprune.engine.kv.moved_rows import MovedRows
 from tokenprune.engine.step import PrunedStep
 
 
@@ -34,6 +35,12 @@ def layers_of(attention, table, block_size):
         block_sizes=[block_size], block_tables=[types.SimpleNamespace(gpu=table)]
     )
     return cache_layers(config, [[0]], attention, tables)
+
+
+def moved_rows_of(table):
+    """Return where rows of one group move to, whose block table is `table`."""
+    tables = types.SimpleNamespace(block_tables=[types.SimpleNamespace(gpu=table)])
+    return MovedRows(tables, table.device)
 
 
 def step_of(request, index, before, count, others=()):

@@ -5,7 +5,14 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from tests.engine.kv.caches import attention_layer, cpu_isa, layers_of, named, step_of
+from tests.engine.kv.caches import (
+    attention_layer,
+    cpu_isa,
+    layers_of,
+    moved_rows_of,
+    named,
+    step_of,
+)
 from tokenprune.engine.kv.channel_packer import ChannelPacker
 from tokenprune.engine.kv.evictor import Evictor
 from tokenprune.engine.kv.query_observer import QueryObserver
@@ -34,7 +41,7 @@ class Attention:
 class Bench:
     """One request in two layers, served step by step; every other request's row is garbage."""
 
-    def __init__(self, backend, n, max_tokens=400, kv=None, **parameters):
+    def __init__(self, backend, n, max_tokens=400, kv=None, *, shared=False, **parameters):
         axes = {"channels": {"method": "think", "keep_ratio": 0.5, "window": 4, **parameters}}
         pruning = parse_pruning(axes if kv is None else axes | {"kv": kv})
         layout = PromptLayout(n)
@@ -47,14 +54,17 @@ class Bench:
         self.layers = named(
             attention_layer(
                 backend,
-                torch.randn(40, HEADS, BLOCK, 2 * D, generator=self.generator),
+                torch.randn(60, HEADS, BLOCK, 2 * D, generator=self.generator),
                 self.isa,
                 Attention(),
             )
             for _ in range(2)
         )
         self.table = torch.zeros(5, 40, dtype=torch.int32)
-        self.table[self.index] = torch.randperm(40, generator=self.generator).int()
+        order = torch.randperm(60, generator=self.generator).int()
+        self.table[self.index] = order[:40]
+        # where the row goes when it is first rewritten, if others read its blocks
+        self.spare = order[40:].tolist() if shared else []
         self.blocks = self.table[self.index]
         self.make_actors(self.table)
         # what a cache of zeroed channels would hold: [n, H, 2 * D] per layer
@@ -66,8 +76,10 @@ class Bench:
         stats = WorkerStats(torch.device("cpu"), 2)
         layers = layers_of(self.layers, table, BLOCK)
         self.observer = QueryObserver(layers, 1)
-        self.packer = ChannelPacker(layers, self.observer, 1, 5, stats)
-        self.actors = [Evictor(layers, SHAPE, stats, self.observer), self.packer, self.observer]
+        self.moved_rows = moved_rows_of(table)
+        self.packer = ChannelPacker(layers, self.observer, 1, 5, stats, self.moved_rows)
+        evictor = Evictor(layers, SHAPE, stats, self.moved_rows, self.observer)
+        self.actors = [evictor, self.packer, self.observer]
 
     def randn(self, *shape):
         return torch.randn(shape, generator=self.generator)
@@ -92,13 +104,27 @@ class Bench:
             self.held[i] = torch.cat([self.held[i], torch.cat([key, value], dim=2)])
             self.queries[i] += list(query[1:])
             results.append((out, self.expected(i, query[1:])))
+        left = self.leave(before, after)
         for actor in self.actors:
             actor.after_forward(step)
+        for layer, (ids, rows) in zip(self.layers.values(), left, strict=False):
+            assert torch.equal(layer.kv_cache[ids], rows), "others read these"
         for actor in self.actors:
             actor.end_step()
         self.computed = after
         self.age(before, after)
         return results
+
+    def leave(self, before, after):
+        """Let the row move if it is first rewritten; return what it leaves, per layer."""
+        lengths = self.request.plan.lengths
+        if not self.spare or lengths.is_rewritten(before, 0) or not lengths.is_rewritten(after, 0):
+            return []
+        raw = self.blocks[: -(-after // BLOCK)].tolist()
+        target = [self.spare.pop() for _ in range(-(-lengths.rewritten_until(after, 0) // BLOCK))]
+        self.moved_rows.begin_step({self.index: (target,)})
+        self.spare = []
+        return [(raw, layer.kv_cache[raw].clone()) for layer in self.layers.values()]
 
     def put(self, cache, blocks, offsets, key, value):
         for j in range(len(key)):
@@ -152,9 +178,10 @@ class Bench:
     ],
 )
 @pytest.mark.parametrize("max_read", [1, 1 << 20], ids=["one-by-one", "all-at-once"])
-def test_packed_rows_attend_as_to_zeroed_channels(monkeypatch, backend, chunks, max_read):
+@pytest.mark.parametrize("shared", [False, True], ids=["own-blocks", "shared-blocks"])
+def test_packed_rows_attend_as_to_zeroed_channels(monkeypatch, backend, chunks, max_read, shared):
     monkeypatch.setattr("tokenprune.engine.kv.channel_packer.MAX_READ", max_read)
-    bench = Bench(backend, 150)
+    bench = Bench(backend, 150, shared=shared)
     for chunk in chunks:
         for out, _ in bench.step(chunk):
             assert (out == 7).all(), "a prompt is vLLM's own"
@@ -170,9 +197,10 @@ def test_packed_rows_attend_as_to_zeroed_channels(monkeypatch, backend, chunks, 
 
 
 @pytest.mark.parametrize("backend", ["TRITON_ATTN", "CPU_ATTN"])
-def test_eviction_and_packing_leave_what_lengths_count(backend):
+@pytest.mark.parametrize("shared", [False, True], ids=["own-blocks", "shared-blocks"])
+def test_eviction_and_packing_leave_what_lengths_count(backend, shared):
     kv = {"method": "lagkv", "lag": 16, "sink": 3, "keep_ratio": 0.5}
-    bench = Bench(backend, 150, kv=kv, recent=4)
+    bench = Bench(backend, 150, kv=kv, recent=4, shared=shared)
     lengths = bench.request.plan.lengths
     bench.step(150)
     for _ in range(120):

@@ -10,6 +10,7 @@ pytest.importorskip("vllm", reason="needs vLLM")
 from tests.engine.kv.caches import (
     attention_layer,
     layers_of,
+    moved_rows_of,
     named,
     random_table,
     rows_of,
@@ -50,7 +51,9 @@ class Bench:
         ]
         self.table = random_table(40, generator)
         layers = layers_of(named(self.attention), self.table, 4)
-        self.evictor = Evictor(layers, shape, WorkerStats(torch.device("cpu"), 2))
+        stats = WorkerStats(torch.device("cpu"), 2)
+        self.moved = moved_rows_of(self.table)
+        self.evictor = Evictor(layers, shape, stats, self.moved)
 
     def rows(self, layer):
         """Return `[H, slots, 8]` in the order of the request's cache."""
@@ -99,6 +102,35 @@ def test_a_prompt_is_cut_down_and_then_what_is_generated(monkeypatch, method, ma
         if method != "streaming":
             whole = 2 + 4 * L // 2
             assert torch.equal(new[:, :whole], middle[layer][:, :whole])
+
+
+@pytest.mark.parametrize("method", ["lagkv", "random", "streaming"])
+@pytest.mark.parametrize("kept_places", [(), (1, 4)], ids=["all-blocks", "some-blocks"])
+@pytest.mark.parametrize("sink", [2, 6])
+def test_a_row_that_others_read_is_left_as_it_is(monkeypatch, method, kept_places, sink):
+    monkeypatch.setattr("tokenprune.engine.kv.evictor.MAX_READ", 1)
+    n = sink + L * 4
+    in_place = Bench(method, n, sink=sink)
+    in_place.evict(0, n)
+    held = in_place.request.plan.lengths.physical(n, 0)
+    bench = Bench(method, n, sink=sink)
+    raw = bench.table[0, : -(-n // 4)].tolist()
+    # blocks of the sink alone stay, and those that nobody else reads
+    first, fresh = sink // 4, iter(bench.table[0, len(raw) :].tolist())
+    target = [
+        raw[j] if j < first or j in kept_places else next(fresh) for j in range(-(-held // 4))
+    ]
+    bench.moved.begin_step({0: (target,)})
+    before = [layer.kv_cache.clone() for layer in bench.attention]
+    bench.evict(0, n)
+    assert bench.table[0, : len(target)].tolist() == target
+    left = [block for block in raw if block not in target]
+    assert len(left) > 3
+    for layer in range(2):
+        assert torch.equal(bench.rows(layer)[:, :held], in_place.rows(layer)[:, :held])
+        assert torch.equal(bench.attention[layer].kv_cache[left], before[layer][left])
+    # the next eviction is in place
+    assert bench.moved.of(0, 0) is None
 
 
 def test_nothing_is_due_before_the_prompt_is_complete_nor_when_all_is_kept():

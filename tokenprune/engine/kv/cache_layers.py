@@ -24,6 +24,7 @@ class CacheLayer:
     Attributes:
         index: Decoder layer, 0-based.
         stage: Stage of the layer.
+        group: KV cache group of the layer.
         attention: vLLM's attention layer.
         layout: How rows lie in its cache.
         blocks: `[R, m]` block tables of its group, by request.
@@ -31,6 +32,7 @@ class CacheLayer:
 
     index: int
     stage: int
+    group: int
     attention: Any
     layout: CacheLayout
     blocks: Tensor
@@ -81,6 +83,7 @@ def cache_layers(
                     CacheLayer(
                         index=extract_layer_index(name),
                         stage=stage,
+                        group=group,
                         attention=layer,
                         layout=layout_of(backend, layer, layer.kv_cache),
                         blocks=block_tables.block_tables[group].gpu,

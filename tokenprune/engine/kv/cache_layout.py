@@ -46,16 +46,33 @@ class CacheLayout(abc.ABC):
         return key, value
 
     @abc.abstractmethod
-    def move(self, cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
-        """Move rows to the cache indices from `begin` on; see `lag_compact`."""
+    def move(
+        self,
+        cache: Tensor,
+        blocks: Tensor,
+        source: Tensor,
+        begin: int,
+        into: Tensor | None = None,
+    ) -> None:
+        """Move rows to the cache indices from `begin` on, of `blocks` or `into`; see `lag_compact`.
+
+        Both are block tables of one request, `[num_blocks]`.
+        """
 
 
 class RowLayout(CacheLayout):
     """Plain rows, `[key, value]` of one token and head each."""
 
-    def move(self, cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
+    def move(
+        self,
+        cache: Tensor,
+        blocks: Tensor,
+        source: Tensor,
+        begin: int,
+        into: Tensor | None = None,
+    ) -> None:
         """Run the kernel."""
-        lag_compact(cache, blocks, source, begin)
+        lag_compact(cache, blocks, source, begin, into=into)
 
 
 class PermutedLayout(CacheLayout):
@@ -68,19 +85,27 @@ class PermutedLayout(CacheLayout):
     def __init__(self, order: Tensor) -> None:
         self.order: Tensor = order
 
-    def move(self, cache: Tensor, blocks: Tensor, source: Tensor, begin: int) -> None:
+    def move(
+        self,
+        cache: Tensor,
+        blocks: Tensor,
+        source: Tensor,
+        begin: int,
+        into: Tensor | None = None,
+    ) -> None:
         """Gather and scatter a bounded number of rows at a time, in ascending order."""
         num_blocks, heads, block_size, width = cache.shape
         stored = cache.view(num_blocks, heads, -1)
         head = torch.arange(heads)[:, None, None]
         blocks = blocks.long()
+        into = blocks if into is None else into.long()
         tile = max(1, MAX_SCRATCH // (heads * width))
         for start in range(0, source.shape[1], tile):
             take = source[:, start : start + tile, None]
             put = begin + start + torch.arange(take.shape[1])[None, :, None]
             # the gather is complete before the scatter begins
             rows = stored[blocks[take // block_size], head, self.order[take[..., 0] % block_size]]
-            stored[blocks[put // block_size], head, self.order[put[..., 0] % block_size]] = rows
+            stored[into[put // block_size], head, self.order[put[..., 0] % block_size]] = rows
 
 
 _ROW_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")

@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from tokenprune.engine.guard import PolicyGuard, checked
 from tokenprune.engine.kv.cache_layers import MAX_READ, CacheLayer
+from tokenprune.engine.kv.moved_rows import MovedRows
 from tokenprune.engine.kv.query_observer import QueryObserver
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import PackingWork, PrunedRequest, PrunedStep, packing_due
@@ -49,6 +50,7 @@ class ChannelPacker:
         num_stages: Stages of the engine.
         max_num_reqs: `R`, requests of the engine.
         stats: Where operations are timed.
+        moved_rows: Where rows go that move in the step.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class ChannelPacker:
         num_stages: int,
         max_num_reqs: int,
         stats: WorkerStats,
+        moved_rows: MovedRows,
     ) -> None:
         self._stats = stats
+        self._moved_rows = moved_rows
         self._layers = layers
         self._choices: dict[CacheLayer, _Choice] = {}
         for layer in layers:
@@ -170,14 +174,17 @@ class ChannelPacker:
         due = [packing_due(request.lengths, before, after, stage) for stage in stages]
         if not chooses and not any(due):
             return
+        moved = set()
         for place, layer in enumerate(self._layers):
             if chooses:
                 with self._stats.time(Op.CHANNEL_SELECT):
                     self._choose(layer, place, request, plan, index, after)
             work = due[layer.stage]
             if work is not None:
+                moved.add(layer.group)
                 with self._stats.time(Op.CHANNEL_PACK):
                     self._pack(layer, work, index)
+        self._moved_rows.settle(index, moved)
 
     def _choose(
         self,
@@ -227,6 +234,8 @@ class ChannelPacker:
     def _pack(self, layer: CacheLayer, work: PackingWork, index: int) -> None:
         cache, blocks = layer.cache, layer.blocks[index]
         heads, full = cache.shape[1], cache.shape[3]
+        target = self._moved_rows.of(index, layer.group)
+        target = blocks if target is None else target
         kept = self._choices[layer].kept[index]
         begin = work.first * work.block
         # a packed block lies before the tokens it is made of, and ends before those of the next
@@ -235,11 +244,11 @@ class ChannelPacker:
             count = min(at_once, work.count - done)
             raw = begin + done * work.tokens
             keys, values = layer.layout.read(cache, blocks, raw, raw + count * work.tokens)
-            into = blocks[work.first + done : work.first + done + count].long()
+            into = target[work.first + done : work.first + done + count].long()
             cache[into] = pack(torch.cat([keys, values], dim=2), kept, work.block)
         rest = begin + work.count * work.tokens
         newest = torch.arange(rest, work.end, device=cache.device)[None]
-        layer.layout.move(cache, blocks, newest, begin + work.count * work.block)
+        layer.layout.move(cache, blocks, newest, begin + work.count * work.block, target)
 
 
 def _first(heads: int, keep: int, device: torch.device) -> Tensor:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from tokenprune.engine.guard import PolicyGuard, checked
 from tokenprune.engine.kv.cache_layers import MAX_READ, CacheLayer
+from tokenprune.engine.kv.moved_rows import MovedRows
 from tokenprune.engine.kv.query_observer import QueryObserver
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.engine.step import EvictionWork, PrunedRequest, PrunedStep, eviction_due
 from tokenprune.figures import Op
 from tokenprune.kernels import lag_keep
+from tokenprune.lengths import PhysicalLengths
 from tokenprune.policies import KVPolicy, Segments
 from tokenprune.shape import EngineShape
 
@@ -30,6 +32,7 @@ class Evictor:
         layers: Attention layers.
         shape: The engine's shape.
         stats: Where operations are timed and tokens counted.
+        moved_rows: Where rows go that move in the step.
         observer: Has the queries that end a prompt; None where nobody looks at them.
     """
 
@@ -38,11 +41,13 @@ class Evictor:
         layers: Sequence[CacheLayer],
         shape: EngineShape,
         stats: WorkerStats,
+        moved_rows: MovedRows,
         observer: QueryObserver | None = None,
     ) -> None:
         self._layers = layers
         self._shape = shape
         self._stats = stats
+        self._moved_rows = moved_rows
         self._observer = observer
         self._guard = PolicyGuard(stats)
 
@@ -68,23 +73,53 @@ class Evictor:
         due = [eviction_due(request.lengths, before, after, stage) for stage in stages]
         if not any(due):
             return
+        moved = set()
         for place, layer in enumerate(self._layers):
             work = due[layer.stage]
             if work is None:
                 continue
+            into = self._moved_rows.of(index, layer.group)
+            moved.add(layer.group)
+            if into is not None:
+                self._keep_first(request.lengths, work, layer, index, into)
             if policy.keeps_newest:
                 begin = work.begin - work.first * work.keep
                 rest = begin + work.evicted
             else:
-                self._cut_down(policy, work, layer, place, index)
+                self._cut_down(policy, work, layer, place, index, into)
                 begin = work.begin + work.count * work.keep
                 rest = work.begin + work.count * work.lag
-            with self._stats.time(Op.KV_COMPACT):
-                newest = torch.arange(rest, work.end, device=layer.cache.device)[None]
-                layer.layout.move(layer.cache, layer.blocks[index], newest, begin)
+            self._move_rows(layer, index, range(rest, work.end), begin, into)
+        self._moved_rows.settle(index, moved)
+
+    def _keep_first(
+        self,
+        lengths: PhysicalLengths,
+        work: EvictionWork,
+        layer: CacheLayer,
+        index: int,
+        into: Tensor,
+    ) -> None:
+        """Take what is never evicted along, from the first block on that is left to others."""
+        block_size = layer.cache.shape[2]
+        first = lengths.rewritten_from // block_size * block_size
+        self._move_rows(layer, index, range(first, work.begin), first, into)
+
+    def _move_rows(
+        self, layer: CacheLayer, index: int, rows: range, begin: int, into: Tensor | None
+    ) -> None:
+        with self._stats.time(Op.KV_COMPACT):
+            source = torch.arange(rows.start, rows.stop, device=layer.cache.device)[None]
+            layer.layout.move(layer.cache, layer.blocks[index], source, begin, into)
 
     def _cut_down(
-        self, policy: KVPolicy, work: EvictionWork, layer: CacheLayer, place: int, index: int
+        self,
+        policy: KVPolicy,
+        work: EvictionWork,
+        layer: CacheLayer,
+        place: int,
+        index: int,
+        into: Tensor | None,
     ) -> None:
         cache, blocks, lag = layer.cache, layer.blocks[index], work.lag
         heads, width = cache.shape[1], cache.shape[3]
@@ -100,7 +135,7 @@ class Evictor:
             with self._stats.time(Op.KV_COMPACT):
                 offsets = torch.arange(begin, begin + count * lag, lag, device=cache.device)
                 source = (kept + offsets[:, None]).flatten(1)
-                layer.layout.move(cache, blocks, source, work.begin + done * work.keep)
+                layer.layout.move(cache, blocks, source, work.begin + done * work.keep, into)
 
     def _scores(self, policy: KVPolicy, segments: Segments) -> Tensor:
         shape = (segments.num_heads, segments.num_partitions, segments.lag)

@@ -47,6 +47,11 @@ class VisualPlan(abc.ABC):
     def dropped(self) -> tuple[Dropped, ...]:
         """Per engine stage, the prompt tokens it never holds."""
 
+    @property
+    def shared_tokens(self) -> int:
+        """First tokens of the prompt that are computed as those of an unpruned request."""
+        return 0
+
     def chunk_end(self, end: int) -> int:
         """Return the last position up to `end` before which a chunk of the prompt may end."""
         return end

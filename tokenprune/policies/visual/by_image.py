@@ -51,6 +51,11 @@ class PerImage(VisualPlan):
             for stage in range(len(self.kept))
         )
 
+    @property
+    def shared_tokens(self) -> int:
+        """Those before the first image, whose features may be merged."""
+        return self.images[0].start
+
     def chunk_end(self, end: int) -> int:
         """Return the last position up to `end` that is not inside an image."""
         return next((i.start for i in self.images if i.start < end < i.end), end)

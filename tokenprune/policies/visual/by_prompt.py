@@ -35,6 +35,11 @@ class AfterPrompt(VisualPlan):
     first: int
     rows_per_token: int
 
+    @property
+    def shared_tokens(self) -> int:
+        """Text before the first image, where it goes ahead."""
+        return self.first
+
     def waiting_rows(self, num_computed: int) -> int:
         """Return the rows that wait once `num_computed` tokens are, the last of them too."""
         return max(0, num_computed - self.first) * self.rows_per_token

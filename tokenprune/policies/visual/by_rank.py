@@ -38,6 +38,11 @@ class KnownRows(VisualPlan):
             is_dropped[rank] = 0
         return tuple(compress(self.positions, is_dropped))
 
+    @property
+    def shared_tokens(self) -> int:
+        """Those before the first visual token."""
+        return self.positions[0]
+
 
 class RankPolicy(VisualPolicy):
     """A visual method that chooses from integers alone."""
