@@ -130,11 +130,17 @@ def _processor(family: str, config: Any, tokenizer: Any) -> Any:
         "temporal_patch_size": config.vision_config.temporal_patch_size,
         "merge_size": config.vision_config.spatial_merge_size,
         "size": {"shortest_edge": 16 * 16, "longest_edge": 96 * 96},
+        # vLLM normalises videos by what it knows of images
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
     }
     return getattr(transformers, f"{family}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(**grid),
         tokenizer=tokenizer,
-        video_processor=getattr(transformers, _VIDEO_PROCESSORS[family])(**grid),
+        video_processor=getattr(transformers, _VIDEO_PROCESSORS[family])(
+            # of Qwen3-VL these are the pixels of all frames together
+            **(grid | {"size": {"shortest_edge": 16 * 16, "longest_edge": 4 * 96 * 96}})
+        ),
     )
 
 

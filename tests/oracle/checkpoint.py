@@ -15,6 +15,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 Picture = Image.Image | np.ndarray
 
 
+def film_metadata(frames: np.ndarray) -> dict[str, Any]:
+    """Return what a processor asks of a video whose frames are all taken, two a second."""
+    return {
+        "fps": 2.0,
+        "total_num_frames": len(frames),
+        "frames_indices": list(range(len(frames))),
+    }
+
+
 class Checkpoint:
     """A model with its processor."""
 
@@ -67,10 +76,10 @@ class Checkpoint:
 
     def inputs(self, prompt: str, images: list[Picture]) -> Any:
         """Return what the processor makes of a prompt and its images and videos."""
-        kinds = {
-            "images": [x for x in images if isinstance(x, Image.Image)],
-            "videos": [x for x in images if not isinstance(x, Image.Image)],
-        }
-        return self.processor(
-            text=prompt, return_tensors="pt", **{k: v for k, v in kinds.items() if v}
-        )
+        kinds: dict[str, Any] = {}
+        if pictures := [x for x in images if isinstance(x, Image.Image)]:
+            kinds["images"] = pictures
+        if videos := [x for x in images if not isinstance(x, Image.Image)]:
+            metadata = [film_metadata(x) for x in videos]
+            kinds |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+        return self.processor(text=prompt, return_tensors="pt", **kinds)

@@ -21,7 +21,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 
-from tokenprune.engine.families.base import ImageScores, Tower
+from tokenprune.engine.families.base import ImageScores, Picture, Tower
 from tokenprune.engine.guard import PolicyGuard, checked
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.figures import Op
@@ -79,7 +79,7 @@ class ImageScorer:
         self._stats = stats
         self._guard = PolicyGuard(stats)
         self._policy: ImagePolicy | None = None
-        self._modality = "image"
+        self._picture = Picture("image", {})
         self._tower_args: Any = ()
         self._scores: list[Tensor] = []
         tower.module.register_forward_pre_hook(self._capture_pixels)
@@ -112,15 +112,17 @@ class ImageScorer:
             [(feature.modality, feature.data)], device=self._device, pin_memory=PIN_MEMORY
         )
         ((_, _, inputs),) = batches
-        self._policy, self._modality, self._scores = policy, feature.modality, []
+        self._policy, self._scores = policy, []
+        self._picture = Picture(feature.modality, inputs)
         try:
             (output,) = self._model.embed_multimodal(**inputs)
         finally:
+            picture, self._picture = self._picture, Picture("image", {})
             self._policy, self._tower_args = None, ()
         # an output that is in use already stays as it is
         self._cache.encoder_outputs.setdefault(feature.identifier, output)
         scores, self._scores = torch.stack(self._scores), []
-        found = self._tower.lay_out(scores, feature.modality, inputs)
+        found = self._tower.lay_out(scores, picture)
         if len(found.importance) != output.shape[-2]:
             raise RuntimeError(
                 f"scores of an image must have a value for each of its {output.shape[-2]} "
@@ -136,7 +138,7 @@ class ImageScorer:
         policy = self._policy
         if policy is None:
             return
-        query, key = self._tower.heads(args, kwargs)
+        query, key = self._tower.heads(args, kwargs, self._picture)
         if get_tp_group().world_size > 1:
             # key patches are those of all heads together
             query, key = (
@@ -148,7 +150,7 @@ class ImageScorer:
                     query=query[crop],
                     key=key[crop],
                     scale=self._tower.scale,
-                    pixels=partial(self._tower.pixels, self._tower_args, crop, self._modality),
+                    pixels=partial(self._tower.pixels, self._tower_args, crop, self._picture),
                     patch=self._tower.patch,
                 )
                 self._scores.append(self._score(policy, inputs))

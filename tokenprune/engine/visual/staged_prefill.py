@@ -173,13 +173,13 @@ class StagedPrefill:
             if step.positions is not None:
                 inputs[POSITIONS] = step.positions
             if stage is not None:
-                merged = self._choose_images(inputs["hidden_states"]) if index == 0 else {}
+                merged = self._choose_images(inputs["hidden_states"]) if index == 0 else []
                 kept = self._cut(step, stage, layer, inputs)
                 if kept is not None:
                     with self._stats.time(Op.GATHER):
                         inputs = _gathered(inputs, kept)
-                        for first, features in merged.items():
-                            inputs["hidden_states"][first : first + len(features)] = features
+                        for places, features in merged:
+                            inputs["hidden_states"][places] = features
                         step.rows = kept if step.rows is None else step.rows[kept]
                     step.positions = inputs[POSITIONS]
                 step.stage = stage
@@ -227,11 +227,11 @@ class StagedPrefill:
                 x.new_zeros((num_rows, x.shape[-1])).index_copy_(0, rows, x) for x in tensors
             )
 
-    def _choose_images(self, hidden: Tensor) -> dict[int, Tensor]:
-        """Choose from the images of the step; return what becomes of their rows at stage 0."""
+    def _choose_images(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Choose from the images of the step; return what becomes of which rows at stage 0."""
         step = self._step
         assert step is not None
-        merged = {}
+        merged = []
         for selection in step.images:
             begin = int(step.full_starts[selection.index])
             with self._stats.time(Op.SELECT):
@@ -240,7 +240,7 @@ class StagedPrefill:
                 )
             step.known[selection.index] = rows
             first = int(step.stages[0].starts[selection.index])
-            merged.update({first + place: features for place, features in replaced.items()})
+            merged += [(first + places, features) for places, features in replaced]
         return merged
 
     def _cut(
