@@ -35,17 +35,17 @@ def build(name: str, tokenizer_of: Path, path: Path) -> Path:
         model_class = "DeepseekV3ForCausalLM"
     else:
         config = transformers.LlamaConfig(
-            **_decoder(tokenizer), tie_word_embeddings=False, dtype="float32"
+            **decoder_config(tokenizer), tie_word_embeddings=False, dtype="float32"
         )
         model_class = "LlamaForCausalLM"
     tokenizer.save_pretrained(path)
     model = getattr(transformers, model_class)(config)
-    _randomize(model, tokenizer.all_special_ids)
+    randomize(model, tokenizer.all_special_ids)
     model.save_pretrained(path)
     return path
 
 
-def _decoder(tokenizer: Any) -> dict[str, Any]:
+def decoder_config(tokenizer: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -63,7 +63,7 @@ def _decoder(tokenizer: Any) -> dict[str, Any]:
 
 def _latent_decoder(tokenizer: Any) -> dict[str, Any]:
     """Return a dense decoder whose cache holds one latent per token (MLA)."""
-    plain = _decoder(tokenizer)
+    plain = decoder_config(tokenizer)
     del plain["head_dim"]
     return plain | {
         "num_key_value_heads": 2,
@@ -86,7 +86,7 @@ def _latent_decoder(tokenizer: Any) -> dict[str, Any]:
 def _vision_language_config(name: str, tokenizer: Any) -> Any:
     from transformers import AutoConfig
 
-    text, vision = _decoder(tokenizer), {"depth": 2, "num_heads": 2, "patch_size": 8}
+    text, vision = decoder_config(tokenizer), {"depth": 2, "num_heads": 2, "patch_size": 8}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
     if name == "qwen2_vl":
         del text["head_dim"]
@@ -144,7 +144,7 @@ def _processor(family: str, config: Any, tokenizer: Any) -> Any:
     )
 
 
-def _randomize(model: nn.Module, special: list[int]) -> None:
+def randomize(model: nn.Module, special: list[int]) -> None:
     """Give unit variance to every layer's output: the usual 0.02 makes all prompts look alike."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -34,7 +34,10 @@ class Checkpoint:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.image_processor = self.processor.image_processor
         self.video_processor = getattr(self.processor, "video_processor", None)
-        self.decoder = self.model.model.language_model
+        inner = self.model.model
+        self.decoder = (
+            inner.language_model if hasattr(inner, "language_model") else inner.text_model
+        )
 
     @torch.inference_mode()
     def embed(self, prompt: str, images: list[Picture]) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,15 @@ def before_normalisation(model_config: Any, pixels: Tensor, modality: str) -> Te
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
+def llama_like(decoder: Any) -> Decoder:
+    """Find the parts of a decoder built like Llama's."""
+    layers = [
+        DecoderLayer(layer, layer.self_attn, layer.self_attn.attn, layer.mlp)
+        for layer in decoder.layers
+    ]
+    return Decoder(layers, decoder.norm)
+
+
 class Family:
     """Models of one kind.
 
@@ -185,12 +194,7 @@ class Family:
 
     def decoder(self, model: Any) -> Decoder:
         """Find the decoder's parts; this default fits decoders built like Llama's."""
-        decoder = model.get_language_model().model
-        layers = [
-            DecoderLayer(layer, layer.self_attn, layer.self_attn.attn, layer.mlp)
-            for layer in decoder.layers
-        ]
-        return Decoder(layers, decoder.norm)
+        return llama_like(model.get_language_model().model)
 
     def tower(self, vllm_config: VllmConfig, model: Any) -> Tower | None:
         """Find the vision tower; asked only where `importance_unsupported` returns None."""
