@@ -19,7 +19,7 @@ _VIDEO_PROCESSORS = {
 
 
 def build(name: str, tokenizer_of: Path, path: Path) -> Path:
-    """Write a Qwen-VL, `deepseek_v3` or `llama`, with the tokenizer of another checkpoint."""
+    """Write a Qwen-VL or another kind named below, with the tokenizer of another checkpoint."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
@@ -33,6 +33,9 @@ def build(name: str, tokenizer_of: Path, path: Path) -> Path:
     elif name == "deepseek_v3":
         config = transformers.DeepseekV3Config(**_latent_decoder(tokenizer))
         model_class = "DeepseekV3ForCausalLM"
+    elif name == "qwen3_5":
+        config = transformers.Qwen3_5TextConfig(**_hybrid_decoder(tokenizer))
+        model_class = "Qwen3_5ForCausalLM"
     else:
         config = transformers.LlamaConfig(
             **decoder_config(tokenizer), tie_word_embeddings=False, dtype="float32"
@@ -58,6 +61,19 @@ def decoder_config(tokenizer: Any) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
+    }
+
+
+def _hybrid_decoder(tokenizer: Any) -> dict[str, Any]:
+    """Return a decoder of which every other layer carries a state instead of a cache."""
+    return decoder_config(tokenizer) | {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
     }
 
 
