@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,17 @@ def build(name: str, tokenizer_of: Path, path: Path) -> Path:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
-    classes = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    classes = {
+        "qwen2_vl": "Qwen2VL",
+        "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen3_vl": "Qwen3VL",
+        "qwen3_vl_moe": "Qwen3VLMoe",
+    }
     if name in classes:
         tokenizer.add_special_tokens({"additional_special_tokens": list(_SPECIAL)})
         tokenizer.image_token, tokenizer.video_token = _SPECIAL[2:]
         config = _vision_language_config(name, tokenizer)
-        _processor(classes[name], config, tokenizer).save_pretrained(path)
+        _processor(classes[name].removesuffix("Moe"), config, tokenizer).save_pretrained(path)
         model_class = f"{classes[name]}ForConditionalGeneration"
     elif name == "deepseek_v3":
         config = transformers.DeepseekV3Config(**_latent_decoder(tokenizer))
@@ -45,7 +51,30 @@ def build(name: str, tokenizer_of: Path, path: Path) -> Path:
     model = getattr(transformers, model_class)(config)
     randomize(model, tokenizer.all_special_ids)
     model.save_pretrained(path)
+    if name == "qwen3_vl_moe":
+        _publish_experts(path)
     return path
+
+
+def served(path: Path) -> Path:
+    """Return where vLLM finds what transformers finds at `path`."""
+    published = path / "published"
+    return published if published.exists() else path
+
+
+def _publish_experts(path: Path) -> None:
+    """Write a copy with the experts as published, `[E, in, out]`; transformers has them turned."""
+    from safetensors.torch import load_file, save_file
+
+    files = [file for file in path.iterdir() if file.is_file()]
+    (path / "published").mkdir()
+    for file in files:
+        shutil.copy(file, path / "published")
+    weights = load_file(path / "model.safetensors")
+    for key in weights:
+        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            weights[key] = weights[key].transpose(1, 2).contiguous()
+    save_file(weights, path / "published" / "model.safetensors", metadata={"format": "pt"})
 
 
 def decoder_config(tokenizer: Any) -> dict[str, Any]:
@@ -119,6 +148,11 @@ def _vision_language_config(name: str, tokenizer: Any) -> Any:
         }
     else:
         rope["mrope_interleaved"] = True
+        if name == "qwen3_vl_moe":
+            # all three sizes differ, so that turned experts do not fit
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            # transformers always does, vLLM asks
+            text["norm_topk_prob"] = True
         vision |= {
             "hidden_size": 64,
             "intermediate_size": 128,

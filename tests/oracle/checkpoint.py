@@ -29,7 +29,11 @@ class Checkpoint:
 
     def __init__(self, checkpoint: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=torch.float64, attn_implementation="eager"
+            checkpoint,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            # grouped products know no float64
+            experts_implementation="eager",
         ).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.image_processor = self.processor.image_processor

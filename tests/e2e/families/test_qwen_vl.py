@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.other_checkpoints import IMAGE, build
+from tests.e2e.other_checkpoints import IMAGE, build, served
 from tests.e2e.support import Engine
 from tests.oracle.asks import TEXT, Ask, image, vflowopt, visual
 from tests.oracle.checkpoint import film_metadata
@@ -20,7 +20,7 @@ from tokenprune.shape import EngineShape
 
 pytestmark = pytest.mark.vllm
 
-NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # Qwen3-VL adds rows after its layers 0 and 1, so cuts lie among them
 SHAPE = EngineShape(4, (0, 1, 2), 2048)
 ONE = f"USER: {IMAGE}\nWhat is in the picture?\nASSISTANT:"
@@ -80,7 +80,7 @@ def model(
 @pytest.fixture(scope="module")
 def other(model: Path) -> Iterator[Engine]:
     engine = Engine(
-        model,
+        served(model),
         prune_layers=list(SHAPE.prune_layers),
         limit_mm_per_prompt={"image": 2, "video": 1},
     )
@@ -123,7 +123,7 @@ def test_dropping_rows_changes_the_answer_so_the_comparison_can_fail(
 
 def test_prompts_in_chunks_end_at_the_same_log_probs(model: Path, loop: Oracle) -> None:
     engine = Engine(
-        model,
+        served(model),
         prune_layers=list(SHAPE.prune_layers),
         limit_mm_per_prompt={"image": 2, "video": 1},
         max_num_batched_tokens=64,

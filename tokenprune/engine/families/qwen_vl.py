@@ -37,9 +37,20 @@ class QwenVL(Family):
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
     )
-    decoders: ClassVar[tuple[str, ...]] = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
-    towers: ClassVar[tuple[str, ...]] = ("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision")
+    decoders: ClassVar[tuple[str, ...]] = (
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+        "qwen3_vl_text",
+        "qwen3_vl_moe_text",
+    )
+    towers: ClassVar[tuple[str, ...]] = (
+        "qwen2_vl_vision",
+        "qwen2_5_vl_vision",
+        "qwen3_vl_vision",
+        "qwen3_vl_moe_vision",
+    )
 
     def visual_unsupported(self, vllm_config: VllmConfig) -> str | None:
         """Return why visual tokens of this model cannot be pruned, or None if they can."""
