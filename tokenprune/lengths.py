@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import islice
 from typing import Self
 
 # more tokens than any request has
@@ -26,10 +27,13 @@ class PromptLayout:
         num_tokens: Prompt length in tokens, placeholders included.
         visual_spans: Half-open `[start, end)` position ranges of visual tokens, ascending and
             disjoint; one or more per image.
+        spans_per_image: How many of them each image or video has, in order; empty where each has
+            one.
     """
 
     num_tokens: int
     visual_spans: tuple[tuple[int, int], ...] = ()
+    spans_per_image: tuple[int, ...] = ()
 
     @property
     def num_visual(self) -> int:
@@ -40,6 +44,12 @@ class PromptLayout:
     def num_text_after(self) -> int:
         """Number of text tokens after the last visual token."""
         return self.num_tokens - self.visual_spans[-1][1] if self.visual_spans else 0
+
+    def spans_of_images(self) -> list[tuple[tuple[int, int], ...]]:
+        """Return the ranges of each image or video; text may stand between those of one."""
+        spans = iter(self.visual_spans)
+        counts = self.spans_per_image or (1,) * len(self.visual_spans)
+        return [tuple(islice(spans, count)) for count in counts]
 
     def visual_positions(self) -> list[int]:
         """Prompt positions of the visual tokens, ascending."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,64 @@ _VIDEO_PROCESSORS = {
 
 
 def build(name: str, tokenizer_of: Path, path: Path) -> Path:
-    """Write a Qwen-VL, `deepseek_v3` or `llama`, with the tokenizer of another checkpoint."""
+    """Write a Qwen-VL or another kind named below, with the tokenizer of another checkpoint."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
-    classes = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    classes = {
+        "qwen2_vl": "Qwen2VL",
+        "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen3_vl": "Qwen3VL",
+        "qwen3_vl_moe": "Qwen3VLMoe",
+    }
     if name in classes:
         tokenizer.add_special_tokens({"additional_special_tokens": list(_SPECIAL)})
         tokenizer.image_token, tokenizer.video_token = _SPECIAL[2:]
         config = _vision_language_config(name, tokenizer)
-        _processor(classes[name], config, tokenizer).save_pretrained(path)
+        _processor(classes[name].removesuffix("Moe"), config, tokenizer).save_pretrained(path)
         model_class = f"{classes[name]}ForConditionalGeneration"
     elif name == "deepseek_v3":
         config = transformers.DeepseekV3Config(**_latent_decoder(tokenizer))
         model_class = "DeepseekV3ForCausalLM"
+    elif name == "qwen3_5":
+        config = transformers.Qwen3_5TextConfig(**_hybrid_decoder(tokenizer))
+        model_class = "Qwen3_5ForCausalLM"
     else:
         config = transformers.LlamaConfig(
-            **_decoder(tokenizer), tie_word_embeddings=False, dtype="float32"
+            **decoder_config(tokenizer), tie_word_embeddings=False, dtype="float32"
         )
         model_class = "LlamaForCausalLM"
     tokenizer.save_pretrained(path)
     model = getattr(transformers, model_class)(config)
-    _randomize(model, tokenizer.all_special_ids)
+    randomize(model, tokenizer.all_special_ids)
     model.save_pretrained(path)
+    if name == "qwen3_vl_moe":
+        _publish_experts(path)
     return path
 
 
-def _decoder(tokenizer: Any) -> dict[str, Any]:
+def served(path: Path) -> Path:
+    """Return where vLLM finds what transformers finds at `path`."""
+    published = path / "published"
+    return published if published.exists() else path
+
+
+def _publish_experts(path: Path) -> None:
+    """Write a copy with the experts as published, `[E, in, out]`; transformers has them turned."""
+    from safetensors.torch import load_file, save_file
+
+    files = [file for file in path.iterdir() if file.is_file()]
+    (path / "published").mkdir()
+    for file in files:
+        shutil.copy(file, path / "published")
+    weights = load_file(path / "model.safetensors")
+    for key in weights:
+        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            weights[key] = weights[key].transpose(1, 2).contiguous()
+    save_file(weights, path / "published" / "model.safetensors", metadata={"format": "pt"})
+
+
+def decoder_config(tokenizer: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -61,9 +93,22 @@ def _decoder(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def _hybrid_decoder(tokenizer: Any) -> dict[str, Any]:
+    """Return a decoder of which every other layer carries a state instead of a cache."""
+    return decoder_config(tokenizer) | {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+
+
 def _latent_decoder(tokenizer: Any) -> dict[str, Any]:
     """Return a dense decoder whose cache holds one latent per token (MLA)."""
-    plain = _decoder(tokenizer)
+    plain = decoder_config(tokenizer)
     del plain["head_dim"]
     return plain | {
         "num_key_value_heads": 2,
@@ -86,7 +131,7 @@ def _latent_decoder(tokenizer: Any) -> dict[str, Any]:
 def _vision_language_config(name: str, tokenizer: Any) -> Any:
     from transformers import AutoConfig
 
-    text, vision = _decoder(tokenizer), {"depth": 2, "num_heads": 2, "patch_size": 8}
+    text, vision = decoder_config(tokenizer), {"depth": 2, "num_heads": 2, "patch_size": 8}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
     if name == "qwen2_vl":
         del text["head_dim"]
@@ -103,6 +148,11 @@ def _vision_language_config(name: str, tokenizer: Any) -> Any:
         }
     else:
         rope["mrope_interleaved"] = True
+        if name == "qwen3_vl_moe":
+            # all three sizes differ, so that turned experts do not fit
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            # transformers always does, vLLM asks
+            text["norm_topk_prob"] = True
         vision |= {
             "hidden_size": 64,
             "intermediate_size": 128,
@@ -130,15 +180,21 @@ def _processor(family: str, config: Any, tokenizer: Any) -> Any:
         "temporal_patch_size": config.vision_config.temporal_patch_size,
         "merge_size": config.vision_config.spatial_merge_size,
         "size": {"shortest_edge": 16 * 16, "longest_edge": 96 * 96},
+        # vLLM normalises videos by what it knows of images
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
     }
     return getattr(transformers, f"{family}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(**grid),
         tokenizer=tokenizer,
-        video_processor=getattr(transformers, _VIDEO_PROCESSORS[family])(**grid),
+        video_processor=getattr(transformers, _VIDEO_PROCESSORS[family])(
+            # of Qwen3-VL these are the pixels of all frames together
+            **(grid | {"size": {"shortest_edge": 16 * 16, "longest_edge": 4 * 96 * 96}})
+        ),
     )
 
 
-def _randomize(model: nn.Module, special: list[int]) -> None:
+def randomize(model: nn.Module, special: list[int]) -> None:
     """Give unit variance to every layer's output: the usual 0.02 makes all prompts look alike."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

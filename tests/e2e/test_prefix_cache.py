@@ -185,8 +185,14 @@ def test_a_chat_that_never_evicts_keeps_the_prefix_cache(
 @pytest.mark.parametrize("evicting", [{}, kv("lagkv", 0.5, lag=32)], ids=["alone", "lagkv"])
 @pytest.mark.parametrize(
     "pruning",
-    [visual("uniform"), visual("random", seed=3), vflowopt(0.3, threshold=1.5)],
-    ids=["uniform", "random", "vflowopt"],
+    [
+        visual("uniform"),
+        visual("random", seed=3),
+        vflowopt(0.3, threshold=1.5),
+        visual("transprune"),
+        visual("transprune", 0.2, prune_layers=[0, 5], form="paper"),
+    ],
+    ids=["uniform", "random", "vflowopt", "transprune", "transprune-before-layer-0"],
 )
 def test_text_before_the_first_image_is_computed_once_for_everybody(
     engine: Engine, pruning: dict[str, Any], evicting: dict[str, Any]
@@ -205,12 +211,3 @@ def test_text_before_the_first_image_is_computed_once_for_everybody(
     (warm,) = engine.ask(plain)
     assert engine.hits == [hit]
     assert warm.agrees_with(cold_plain, ROUNDING)
-
-
-def test_a_method_that_chooses_from_the_whole_prompt_reads_none_of_it(engine: Engine) -> None:
-    ask = Ask(SYSTEM + DESCRIBE, (4,), visual("transprune"), 5)
-    cold = ask_cold(engine, ask)
-    ask_cold(engine, replace(ask, pruning=None))
-    (warm,) = engine.ask(ask)
-    assert engine.hits == [0]
-    assert warm.agrees_with(cold, ROUNDING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,19 @@ from tests.oracle.asks import STORY, TEXT, Ask, kv, visual
 pytestmark = pytest.mark.vllm
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param("deepseek_v3", {}, id="one-latent-per-token"),
+        # vLLM's kernel for linear attention on a CPU takes nothing else
+        pytest.param("qwen3_5", {"dtype": "bfloat16"}, id="hybrid"),
+    ],
+)
 def test_nothing_is_refused_and_nothing_of_ours_takes_part(
-    checkpoint: Path, tmp_path: Path
+    checkpoint: Path, tmp_path: Path, name: str, arguments: dict[str, Any]
 ) -> None:
-    # its cache holds one latent per token (MLA)
-    model = build("deepseek_v3", checkpoint, tmp_path / "deepseek_v3")
-    engine = Engine(model, limit_mm_per_prompt={})
+    model = build(name, checkpoint, tmp_path / name)
+    engine = Engine(model, limit_mm_per_prompt={}, **arguments)
     try:
         assert type(engine.scheduler).__module__.startswith("vllm.")
         assert type(engine.runner).__module__.startswith("vllm.")

@@ -15,17 +15,33 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 Picture = Image.Image | np.ndarray
 
 
+def film_metadata(frames: np.ndarray) -> dict[str, Any]:
+    """Return what a processor asks of a video whose frames are all taken, two a second."""
+    return {
+        "fps": 2.0,
+        "total_num_frames": len(frames),
+        "frames_indices": list(range(len(frames))),
+    }
+
+
 class Checkpoint:
     """A model with its processor."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=torch.float64, attn_implementation="eager"
+            checkpoint,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            # grouped products know no float64
+            experts_implementation="eager",
         ).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.image_processor = self.processor.image_processor
         self.video_processor = getattr(self.processor, "video_processor", None)
-        self.decoder = self.model.model.language_model
+        inner = self.model.model
+        self.decoder = (
+            inner.language_model if hasattr(inner, "language_model") else inner.text_model
+        )
 
     @torch.inference_mode()
     def embed(self, prompt: str, images: list[Picture]) -> tuple[Tensor, Tensor]:
@@ -67,10 +83,10 @@ class Checkpoint:
 
     def inputs(self, prompt: str, images: list[Picture]) -> Any:
         """Return what the processor makes of a prompt and its images and videos."""
-        kinds = {
-            "images": [x for x in images if isinstance(x, Image.Image)],
-            "videos": [x for x in images if not isinstance(x, Image.Image)],
-        }
-        return self.processor(
-            text=prompt, return_tensors="pt", **{k: v for k, v in kinds.items() if v}
-        )
+        kinds: dict[str, Any] = {}
+        if pictures := [x for x in images if isinstance(x, Image.Image)]:
+            kinds["images"] = pictures
+        if videos := [x for x in images if not isinstance(x, Image.Image)]:
+            metadata = [film_metadata(x) for x in videos]
+            kinds |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+        return self.processor(text=prompt, return_tensors="pt", **kinds)

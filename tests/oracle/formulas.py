@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,3 +31,16 @@ def best(score: Tensor, keep: int) -> Tensor:
     """Return the indices of the `keep` highest scores, ascending; of equal ones the first."""
     order = sorted(range(len(score)), key=lambda i: (-float(score[i]), i))
     return torch.tensor(sorted(order[:keep]))
+
+
+def entropy(pixels: np.ndarray, patch: int) -> Tensor:
+    """Return the bits of the grey values of each patch of uint8 `[3, height, width]`."""
+    grey = pixels.astype(int).sum(axis=0) // 3
+    height, width = grey.shape
+    bits = []
+    for top in range(0, height - height % patch, patch):
+        for left in range(0, width - width % patch, patch):
+            counts = Counter(grey[top : top + patch, left : left + patch].flatten().tolist())
+            shares = [count / patch**2 for count in counts.values()]
+            bits.append(-sum(p * math.log2(p) for p in shares))
+    return torch.tensor(bits, dtype=torch.float64)

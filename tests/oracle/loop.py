@@ -150,7 +150,8 @@ class Oracle(Checkpoint):
         attn_out = layer.self_attn.o_proj(mixed.flatten(1))
         hidden = hidden + attn_out
         mlp_in = layer.post_attention_layernorm(hidden)
-        mlp_out = layer.mlp(mlp_in)
+        # mixtures of experts take batches only
+        mlp_out = layer.mlp(mlp_in[None])[0]
         return hidden + mlp_out, [(attn_in, attn_out), (mlp_in, mlp_out)], (k, v), q
 
     def _iga(

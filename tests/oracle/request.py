@@ -95,7 +95,7 @@ def pruned_like(
     _, rows = oracle.embed(ask.prompt, images)
     policy = parse_pruning({"visual": keys}).policy("visual")
     assert isinstance(policy, VisualPolicy)
-    return Pruned.like(policy, layout_of(rows), shape)
+    return Pruned.like(policy, layout_of(rows, len(images)), shape)
 
 
 def evicted_like(ask: Ask, num_tokens: int, heads: int, chunk: int | None = None) -> Evicted | None:
@@ -127,8 +127,13 @@ def thinned_like(ask: Ask, head_size: int) -> Thinned | None:
     return Thinned(kept, values, keys["window"], keys["recent"], tokens, generated)
 
 
-def layout_of(visual_rows: Any) -> PromptLayout:
-    """Return the layout of a prompt from its bool mask of visual rows."""
+def layout_of(visual_rows: Any, num_images: int | None = None) -> PromptLayout:
+    """Return the layout of a prompt from its bool mask of visual rows.
+
+    Args:
+        visual_rows: `[n]`.
+        num_images: Of a single one the runs of visual rows are parts; of more each is one.
+    """
     spans, start = [], None
     for i, flag in enumerate([*visual_rows.tolist(), False]):
         if flag and start is None:
@@ -136,7 +141,7 @@ def layout_of(visual_rows: Any) -> PromptLayout:
         elif not flag and start is not None:
             spans.append((start, i))
             start = None
-    return PromptLayout(len(visual_rows), tuple(spans))
+    return PromptLayout(len(visual_rows), tuple(spans), (len(spans),) if num_images == 1 else ())
 
 
 def _keys(ask: Ask, axis: str) -> dict[str, Any]:

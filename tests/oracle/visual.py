@@ -6,18 +6,17 @@ Scores of images are those of arXiv 2508.05211.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tests.oracle.checkpoint import Checkpoint, Picture
-from tests.oracle.formulas import attention_weights
+from tests.oracle.formulas import attention_weights, entropy
 from tests.oracle.recycling import recycled
+from tests.oracle.squares import importance_of_squares
 from tokenprune.policies import AfterPrompt, KnownRows, PerImage
 
 
@@ -117,6 +116,8 @@ def importance_of(
 ) -> tuple[list[float], list[tuple[int, int]]]:
     """Return the importance of an image's tokens, infinite for line breaks, and the grids."""
     model, config = checkpoint.model.model, checkpoint.model.config
+    if hasattr(model, "visual"):
+        return importance_of_squares(checkpoint, picture, threshold, alpha)
     if isinstance(picture, Image.Image):
         inputs, name = checkpoint.inputs("<image>", [picture]), "pixel_values"
         process = checkpoint.image_processor
@@ -145,7 +146,7 @@ def importance_of(
         probs = attention_weights(q, k, False).mean(dim=0)
         keys = probs.sum(dim=0) > threshold
         score = probs[keys].sum(dim=0) if keys.any() else probs.mean(dim=0)
-        maps.append(score + alpha * _entropy(crop, patch, side).softmax(0))
+        maps.append(score + alpha * entropy(crop, patch).softmax(0))
     if name == "pixel_values_videos":
         pooled = model.apply_pooling(torch.stack(maps)[..., None]).flatten()
         return [*pooled.tolist(), math.inf], []
@@ -167,14 +168,3 @@ def importance_of(
     importance = packed[0][:, 0].tolist()
     rest = importance[side**2 :]
     return importance, [(side**2, side), (len(rest), rest.index(math.inf) + 1)]
-
-
-def _entropy(crop: np.ndarray, patch: int, side: int) -> Tensor:
-    grey = crop.astype(int).sum(axis=0) // 3
-    bits = []
-    for top in range(0, side * patch, patch):
-        for left in range(0, side * patch, patch):
-            counts = Counter(grey[top : top + patch, left : left + patch].flatten().tolist())
-            shares = [count / patch**2 for count in counts.values()]
-            bits.append(-sum(p * math.log2(p) for p in shares))
-    return torch.tensor(bits, dtype=torch.float64)

@@ -72,10 +72,21 @@ class LastHiddenProbe:
 
     @property
     def patch_grid(self) -> int:
-        """Side of the vision tower's square grid of patches."""
+        """Side of the vision tower's square grid of patches.
+
+        Raises:
+            ConfigurationError: Pictures of this model have grids of their own.
+        """
         family = family_of(self._config.model_config.architecture)
         assert family is not None, "models without a family were refused"
-        return family.patch_grid(self._config)
+        side = family.patch_grid(self._config)
+        if side is None:
+            raise ConfigurationError(
+                f"the vision tower must see crops of one size to be calibrated, got a model of "
+                f"{family.name}, which sees every picture at a size of its own; give the method's "
+                "parameters in a preset instead"
+            )
+        return side
 
     def ask(self, pruning: Axes) -> list[LastHidden]:
         """Run every prompt once and return what the model made of it, in order.

@@ -19,10 +19,15 @@ VISUAL_MODALITIES = ("image", "video")
 
 def prompt_layout(num_tokens: int, ranges: Iterable[PlaceholderRange]) -> PromptLayout:
     """Return the layout of a prompt with visual placeholders at `ranges`."""
-    spans = sorted(
-        (int(first), int(last) + 1) for r in ranges for first, last in r.extract_embeds_range()
+    images = sorted(
+        tuple((int(first), int(last) + 1) for first, last in r.extract_embeds_range())
+        for r in ranges
     )
-    return PromptLayout(num_tokens, tuple(spans))
+    return PromptLayout(
+        num_tokens,
+        tuple(span for spans in images for span in spans),
+        tuple(len(spans) for spans in images if spans),
+    )
 
 
 def visual_ranges(features: Iterable[MultiModalFeatureSpec]) -> list[PlaceholderRange]:

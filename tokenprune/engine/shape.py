@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenprune.engine.boundaries import check_boundaries, default_boundaries
 from tokenprune.engine.families import family_of
@@ -71,6 +71,16 @@ def _longest_step(vllm_config: VllmConfig) -> int:
     return min(limit for limit in limits if limit)
 
 
+def _mlp_width(text: Any) -> int:
+    """Return the width of what a token passes in a layer: the MLP, or its experts together."""
+    experts = getattr(text, "num_experts_per_tok", None)
+    width = getattr(text, "moe_intermediate_size", None)
+    # some models name these otherwise, or give a width per layer
+    if not isinstance(experts, int) or not isinstance(width, int):
+        return int(getattr(text, "intermediate_size", 0))
+    return experts * width + int(getattr(text, "shared_expert_intermediate_size", None) or 0)
+
+
 def model_shape(vllm_config: VllmConfig) -> ModelShape:
     """Return the sizes that costs are counted from."""
     from vllm.utils.torch_utils import get_kv_cache_torch_dtype
@@ -80,7 +90,7 @@ def model_shape(vllm_config: VllmConfig) -> ModelShape:
     dtype = get_kv_cache_torch_dtype(vllm_config.cache_config.cache_dtype, model.dtype)
     return ModelShape(
         hidden_size=model.get_hidden_size(),
-        intermediate_size=getattr(text, "intermediate_size", 0),
+        intermediate_size=_mlp_width(text),
         num_heads=getattr(text, "num_attention_heads", 0),
         num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),

@@ -6,18 +6,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tests.e2e.other_checkpoints import IMAGE, build
+from tests.e2e.other_checkpoints import IMAGE, build, served
 from tests.e2e.support import Engine
-from tests.oracle.asks import TEXT, Ask, visual
+from tests.oracle.asks import TEXT, Ask, image, vflowopt, visual
+from tests.oracle.checkpoint import film_metadata
 from tests.oracle.loop import Oracle
 from tests.oracle.request import assert_like_oracle, compare
 from tokenprune.shape import EngineShape
 
 pytestmark = pytest.mark.vllm
 
-NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # Qwen3-VL adds rows after its layers 0 and 1, so cuts lie among them
 SHAPE = EngineShape(4, (0, 1, 2), 2048)
 ONE = f"USER: {IMAGE}\nWhat is in the picture?\nASSISTANT:"
@@ -45,6 +48,24 @@ CASES = [
     Ask(ONE, (4,), cuts("uniform", [0], [0.3])),
     Ask(ONE, (4,), cuts("transprune", [0, 2], [0.5, 0.2])),
     Ask(ONE, (1,), visual("uniform", 0.001)),
+    Ask(ONE, (1,), vflowopt(0.3)),
+    Ask(ONE, (2,), vflowopt(0.3, threshold=1.3, cell=2)),
+    Ask(ONE, (3,), vflowopt(0.4, threshold=1.3, alpha=2.0)),
+    Ask(ONE, (3,), vflowopt(None, stages=[0.2, 1, 1])),
+    Ask(TWO, (1, 2), vflowopt(0.3, threshold=1.3)),
+]
+VIDEO = "USER: <|vision_start|><|video_pad|><|vision_end|>\nWhat happens?\nASSISTANT:"
+# not square, so that rows and columns cannot be taken for one another, and noisy in places, so that
+# entropies differ
+NOISE = np.random.default_rng(0).integers(0, 48, (64, 96, 3), dtype=np.uint8)
+NOISE[:, np.arange(96) % 40 < 20] = 0
+FILM = np.stack([np.asarray(image(seed))[:64] // 2 + NOISE for seed in (1, 2, 3, 1)])
+FLAT = Image.fromarray(FILM[2])
+WATCHED = [
+    Ask(VIDEO),
+    Ask(VIDEO, (), cuts("transprune", [1, 2], [0.6, 0.3])),
+    Ask(VIDEO, (), vflowopt(0.3, threshold=1.3)),
+    Ask(VIDEO, (), vflowopt(0.4, threshold=1.3, alpha=20.0)),
 ]
 
 
@@ -59,9 +80,9 @@ def model(
 @pytest.fixture(scope="module")
 def other(model: Path) -> Iterator[Engine]:
     engine = Engine(
-        model,
+        served(model),
         prune_layers=list(SHAPE.prune_layers),
-        limit_mm_per_prompt={"image": 2, "video": 0},
+        limit_mm_per_prompt={"image": 2, "video": 1},
     )
     yield engine
     engine.close()
@@ -79,6 +100,18 @@ def test_a_batch_of_all_cases_equals_a_transformers_loop(other: Engine, loop: Or
     assert other.blocks_missing == 0
 
 
+def test_videos_and_pictures_that_are_not_square_equal_a_transformers_loop(
+    other: Engine, loop: Oracle
+) -> None:
+    data = {"video": [(FILM, film_metadata(FILM))]}
+    for ask in WATCHED:
+        (answer,) = other.ask_with(ask, data)
+        assert_like_oracle(loop, ask, answer, pictures=[FILM], shape=SHAPE)
+    for ask in (Ask(ONE, (), a.pruning) for a in WATCHED[2:]):
+        (answer,) = other.ask_with(ask, {"image": [FLAT]})
+        assert_like_oracle(loop, ask, answer, pictures=[FLAT], shape=SHAPE)
+
+
 def test_dropping_rows_changes_the_answer_so_the_comparison_can_fail(
     other: Engine, loop: Oracle
 ) -> None:
@@ -90,9 +123,9 @@ def test_dropping_rows_changes_the_answer_so_the_comparison_can_fail(
 
 def test_prompts_in_chunks_end_at_the_same_log_probs(model: Path, loop: Oracle) -> None:
     engine = Engine(
-        model,
+        served(model),
         prune_layers=list(SHAPE.prune_layers),
-        limit_mm_per_prompt={"image": 2, "video": 0},
+        limit_mm_per_prompt={"image": 2, "video": 1},
         max_num_batched_tokens=64,
     )
     try:

@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM")
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
 
+from tokenprune.engine.families.base import Picture
 from tokenprune.engine.families.llava import LlavaTower, _tiled_scores, _video_scores
 
 SIDE, PATCH = 6, 4
@@ -111,12 +112,14 @@ def test_raw_pixels_are_those_before_the_processor(monkeypatch, normalises):
         do_rescale=normalises,
     )
     tower = object.__new__(LlavaTower)
-    tower._model_config = None
+    multimodal = SimpleNamespace(mm_device_do_normalize=False)
+    tower._model_config = SimpleNamespace(multimodal_config=multimodal)
     args = (images(Image.fromarray(raw), return_tensors="pt")["pixel_values"],)
     processor = SimpleNamespace(image_processor=images)
     monkeypatch.setattr(
         "vllm.transformers_utils.processor.cached_processor_from_config", lambda config: processor
     )
-    assert np.array_equal(tower.pixels(args, 0, "image").permute(1, 2, 0).numpy(), raw)
-    back = tower.pixels((args[0].bfloat16(),), 0, "image").permute(1, 2, 0).numpy().astype(int)
+    picture = Picture("image", {})
+    assert np.array_equal(tower.pixels(args, 0, picture).permute(1, 2, 0).numpy(), raw)
+    back = tower.pixels((args[0].bfloat16(),), 0, picture).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(back - raw).max() <= 1

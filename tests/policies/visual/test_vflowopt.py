@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tokenprune.errors import PolicyError
 from tokenprune.lengths import PhysicalLengths, PromptLayout
-from tokenprune.policies import CropInputs, ImageInputs, ImagePlan
+from tokenprune.policies import CropInputs, ImageInputs, ImagePlan, PlanSkipped
 from tokenprune.policies.visual.vflowopt import VFlowOpt, spread
 from tokenprune.shape import EngineShape
 
@@ -47,8 +47,27 @@ def test_any_budget_is_the_mean_over_any_layers(keep_ratio, layers):
 
 def test_keeping_everything_keeps_every_token():
     plan = VFlowOpt(keep_ratio=1).plan(PromptLayout(900, ((5, 734), (740, 883))), PUBLISHED)
-    assert plan.images == (ImagePlan(5, 734, (729,) * 3), ImagePlan(740, 883, (143,) * 3))
+    assert plan.images == (
+        ImagePlan(((5, 734),), (729,) * 3),
+        ImagePlan(((740, 883),), (143,) * 3),
+    )
     assert PhysicalLengths(900, plan.dropped).all_stages(900) == (900,) * 3
+
+
+def test_frames_with_text_between_them_are_one_video():
+    prompt = PromptLayout(60, ((2, 12), (15, 25), (30, 40)), (2, 1))
+    engine = EngineShape(8, (0, 2, 4, 6), 4096)
+    plan = VFlowOpt(stages=[0.5, 1, 1], prune_layers=[2, 4]).plan(prompt, engine)
+    assert [(i.spans, i.kept[0]) for i in plan.images] == [
+        (((2, 12), (15, 25)), 10),
+        (((30, 40),), 5),
+    ]
+    # a chunk ends before the video or behind it, and the text between its frames is held
+    assert [plan.chunk_end(n) for n in (2, 13, 24, 25, 30, 39)] == [2, 2, 2, 25, 30, 30]
+    lengths = PhysicalLengths(60, plan.dropped)
+    assert [lengths.physical(n, 0) for n in (2, 25, 30, 40, 60)] == [2, 15, 20, 25, 45]
+    with pytest.raises(PlanSkipped, match="image_exceeds_batch"):
+        VFlowOpt().plan(prompt, EngineShape(8, (0, 2, 4, 6), 22))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,19 @@ class ImageScores:
     is_video: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image or a video on its way into the tower.
+
+    Attributes:
+        modality: `image` or `video`.
+        inputs: What the processor made of it, by the names of the model's arguments.
+    """
+
+    modality: str
+    inputs: Mapping[str, Any]
+
+
 class Tower(abc.ABC):
     """A vision tower whose attention can be read.
 
@@ -78,26 +91,68 @@ class Tower(abc.ABC):
     patch: int
 
     @abc.abstractmethod
-    def heads(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], picture: Picture
+    ) -> tuple[Tensor, Tensor]:
         """Return queries and keys of a call of `attention`.
 
         Returns:
-            `[crops, H, N, D]` each, heads of this rank, without a class token.
+            `[crops, H, N, D]` each, heads of this rank, without a class token, patches in the order
+            of `pixels`: row by row.
         """
 
     @abc.abstractmethod
-    def pixels(self, args: Sequence[Any], crop: int, modality: str) -> Tensor:
+    def pixels(self, args: Sequence[Any], crop: int, picture: Picture) -> Tensor:
         """Return a crop of a call of `module` before normalisation, uint8 `[3, height, width]`."""
 
     @abc.abstractmethod
-    def lay_out(self, scores: Tensor, modality: str, inputs: Mapping[str, Any]) -> ImageScores:
+    def lay_out(self, scores: Tensor, picture: Picture) -> ImageScores:
         """Lay scores `[crops, N]` out as the model lays out the features of an image.
 
         Args:
             scores: Importance of the patches of each crop.
-            modality: `image` or `video`.
-            inputs: What the processor made of the image, by the names of the model's arguments.
+            picture: The image.
         """
+
+
+def before_normalisation(model_config: Any, pixels: Tensor, modality: str) -> Tensor:
+    """Undo the normalisation of the model's processor; in bfloat16 to about one level.
+
+    Args:
+        model_config: vLLM's, of the model.
+        pixels: `[3, ...]` as they reach the tower: normalised, unless the tower does that itself
+            (`mm_device_do_normalize`).
+        modality: `image` or `video`.
+
+    Returns:
+        `[3, ...]` uint8.
+    """
+    import torch
+    from vllm.transformers_utils.processor import cached_processor_from_config
+
+    if model_config.multimodal_config.mm_device_do_normalize:
+        return pixels.to(torch.uint8)
+    processor: Any = cached_processor_from_config(model_config)
+    images = processor.video_processor if modality == "video" else processor.image_processor
+    pixels = pixels.float()
+    if images.do_normalize:
+        mean, std = (
+            torch.tensor(x, device=pixels.device).view(-1, *(1,) * (pixels.ndim - 1))
+            for x in (images.image_mean, images.image_std)
+        )
+        pixels = pixels * std + mean
+    if images.do_rescale:
+        pixels = pixels / images.rescale_factor
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def llama_like(decoder: Any) -> Decoder:
+    """Find the parts of a decoder built like Llama's."""
+    layers = [
+        DecoderLayer(layer, layer.self_attn, layer.self_attn.attn, layer.mlp)
+        for layer in decoder.layers
+    ]
+    return Decoder(layers, decoder.norm)
 
 
 class Family:
@@ -133,19 +188,17 @@ class Family:
         """
         return 0
 
-    def patch_grid(self, vllm_config: VllmConfig) -> int:
-        """Return the side of the grid of patches of a crop, where the tower can be scored."""
+    def patch_grid(self, vllm_config: VllmConfig) -> int | None:
+        """Return the side of the grid of patches of a crop, or None where crops differ.
+
+        Asked only where the tower can be scored.
+        """
         vision = vllm_config.model_config.hf_config.vision_config
         return int(vision.image_size) // int(vision.patch_size)
 
     def decoder(self, model: Any) -> Decoder:
         """Find the decoder's parts; this default fits decoders built like Llama's."""
-        decoder = model.get_language_model().model
-        layers = [
-            DecoderLayer(layer, layer.self_attn, layer.self_attn.attn, layer.mlp)
-            for layer in decoder.layers
-        ]
-        return Decoder(layers, decoder.norm)
+        return llama_like(model.get_language_model().model)
 
     def tower(self, vllm_config: VllmConfig, model: Any) -> Tower | None:
         """Find the vision tower; asked only where `importance_unsupported` returns None."""

@@ -11,7 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tokenprune.engine.families.base import Family, ImageScores, Tower
+from tokenprune.engine.families.base import (
+    Family,
+    ImageScores,
+    Picture,
+    Tower,
+    before_normalisation,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +75,9 @@ class LlavaTower(Tower):
         self.attention: Any = model.vision_tower.vision_model.encoder.layers[-1].self_attn.attn
         self.scale = float(self.attention.scale)
 
-    def heads(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], picture: Picture
+    ) -> tuple[Tensor, Tensor]:
         """Return queries and keys; they come as `[crops, rows, H * D]`."""
         query, key = args[0], args[1]
         # a class token stands in front
@@ -80,30 +88,16 @@ class LlavaTower(Tower):
         )
         return query, key
 
-    def pixels(self, args: Sequence[Any], crop: int, modality: str) -> Tensor:
-        """Undo the processor's normalisation; in bfloat16 values come back to about one level."""
-        import torch
-        from vllm.transformers_utils.processor import cached_processor_from_config
+    def pixels(self, args: Sequence[Any], crop: int, picture: Picture) -> Tensor:
+        """Undo the processor's normalisation."""
+        return before_normalisation(self._model_config, args[0][crop], picture.modality)
 
-        processor: Any = cached_processor_from_config(self._model_config)
-        images = processor.video_processor if modality == "video" else processor.image_processor
-        pixels = args[0][crop].float()
-        if images.do_normalize:
-            mean, std = (
-                torch.tensor(x, device=pixels.device)[:, None, None]
-                for x in (images.image_mean, images.image_std)
-            )
-            pixels = pixels * std + mean
-        if images.do_rescale:
-            pixels = pixels / images.rescale_factor
-        return pixels.round().clamp(0, 255).to(torch.uint8)
-
-    def lay_out(self, scores: Tensor, modality: str, inputs: Mapping[str, Any]) -> ImageScores:
+    def lay_out(self, scores: Tensor, picture: Picture) -> ImageScores:
         """Lay scores out by what the model does with features."""
-        if modality == "video":
+        if picture.modality == "video":
             return _video_scores(scores, self._side)
-        if "image_sizes" in inputs:
-            size = inputs["image_sizes"][0].tolist()
+        if "image_sizes" in picture.inputs:
+            size = picture.inputs["image_sizes"][0].tolist()
             return _tiled_scores(scores, self._side, size, self._config)
         return ImageScores(scores[0], ((scores.shape[1], self._side),), False)
 

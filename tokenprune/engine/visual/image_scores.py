@@ -25,7 +25,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 
-from tokenprune.engine.families.base import ImageScores, Tower
+from tokenprune.engine.families.base import ImageScores, Picture, Tower
 from tokenprune.engine.guard import PolicyGuard, checked
 from tokenprune.engine.stats import WorkerStats
 from tokenprune.figures import Op
@@ -101,7 +101,7 @@ class ImageScorer:
         self._guard = PolicyGuard(stats)
         # of the image that is being encoded for its scores, if any
         self._crops: list[CropInputs] | None = None
-        self._modality = "image"
+        self._picture = Picture("image", {})
         self._tower_args: Any = ()
         tower.module.register_forward_pre_hook(self._capture_pixels)
         tower.attention.register_forward_pre_hook(self._capture_attention, with_kwargs=True)
@@ -135,16 +135,18 @@ class ImageScorer:
         )
         ((_, _, inputs),) = batches
         crops: list[CropInputs] = []
-        self._crops, self._modality = crops, feature.modality
+        picture = Picture(feature.modality, inputs)
+        self._crops, self._picture = crops, picture
         try:
             (output,) = self._model.embed_multimodal(**inputs)
         finally:
             self._crops, self._tower_args = None, ()
+            self._picture = Picture("image", {})
 
-        modality, num_tokens = feature.modality, output.shape[-2]
+        num_tokens = output.shape[-2]
 
         def lay_out(scores: Tensor) -> ImageScores:
-            found = self._tower.lay_out(scores, modality, inputs)
+            found = self._tower.lay_out(scores, picture)
             if len(found.importance) != num_tokens:
                 raise RuntimeError(
                     f"scores of an image must have a value for each of its {num_tokens} tokens, "
@@ -163,7 +165,7 @@ class ImageScorer:
     def _capture_attention(self, attention: nn.Module, args: Any, kwargs: Any) -> None:
         if self._crops is None:
             return
-        query, key = self._tower.heads(args, kwargs)
+        query, key = self._tower.heads(args, kwargs, self._picture)
         if get_tp_group().world_size > 1:
             # key patches are those of all heads together
             query, key = (
@@ -176,7 +178,7 @@ class ImageScorer:
                 query=query[crop],
                 key=key[crop],
                 scale=self._tower.scale,
-                pixels=partial(self._tower.pixels, self._tower_args, crop, self._modality),
+                pixels=partial(self._tower.pixels, self._tower_args, crop, self._picture),
                 patch=self._tower.patch,
             )
             for crop in range(len(query))

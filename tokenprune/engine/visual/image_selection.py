@@ -60,7 +60,9 @@ class ImageSelection:
         """Get the scores of every image."""
         self.scores = [scorer.scores_of(feature, self.policy) for feature in self.features]
 
-    def choose(self, hidden: Tensor, num_stages: int) -> tuple[list[Tensor], dict[int, Tensor]]:
+    def choose(
+        self, hidden: Tensor, num_stages: int
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Choose from every image.
 
         Args:
@@ -68,33 +70,34 @@ class ImageSelection:
             num_stages: Stages of the engine.
 
         Returns:
-            Per stage the kept rows of the chunk, ascending; and what the images' rows become at
-            the first stage, by the place of their first row among its rows.
+            Per stage the kept rows of the chunk, ascending; and per image the places of its rows
+            among those of the first stage, with what they become there.
         """
-        device = hidden.device
+        rows = torch.arange(self.count, device=hidden.device)
         parts: list[list[Tensor]] = [[] for _ in range(num_stages)]
-        replaced = {}
-        done = placed = 0
+        chosen, done = [], 0
         for image, found in zip(self.images, self.scores, strict=True):
-            begin, end = image.start - self.start, image.end - self.start
+            spans = [(first - self.start, end - self.start) for first, end in image.spans]
+            own = torch.cat([rows[first:end] for first, end in spans])
             stages, features = self._select(
                 ImageInputs(
                     kept=image.kept,
-                    features=hidden[begin:end],
+                    features=hidden[own],
                     importance=found.importance,
                     grids=found.grids,
                     is_video=found.is_video,
                 )
             )
-            text = torch.arange(done, begin, device=device)
+            # text stays, also between the frames of a video
+            text = []
+            for first, end in spans:
+                text.append(rows[done:first])
+                done = end
             for part, kept in zip(parts, stages, strict=True):
-                part += [text, kept + begin]
-            placed += begin - done
-            replaced[placed] = features
-            placed += len(features)
-            done = end
-        rest = torch.arange(done, self.count, device=device)
-        return [torch.cat([*part, rest]) for part in parts], replaced
+                part += [*text, own[kept]]
+            chosen.append((own[stages[0]], features))
+        kept_rows = [torch.cat([*part, rows[done:]]).sort().values for part in parts]
+        return kept_rows, [(torch.searchsorted(kept_rows[0], own), new) for own, new in chosen]
 
     def _select(self, inputs: ImageInputs) -> tuple[list[Tensor], Tensor]:
         def compute() -> tuple[list[Tensor], Tensor]:

@@ -75,15 +75,15 @@ class PruningStep:
 
     def enter(self, stage: int, layer: DecoderLayer, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs of a stage's first layer with the rows that enter the stage."""
-        merged = self._choose_images(inputs[HIDDEN]) if stage == 0 else {}
+        merged = self._choose_images(inputs[HIDDEN]) if stage == 0 else []
         waiting = [s for s in self.prompts.values() if s.first_waiting == stage]
         if waiting or self.rows.stages[stage].num_rows != len(inputs[HIDDEN]):
             inputs, moved = self._wait_or_go_on(stage, waiting, inputs)
             kept = self._kept(stage, layer, inputs, moved)
             with self._stats.time(Op.GATHER):
                 inputs = self.rows.keep(inputs, kept)
-                for first, features in merged.items():
-                    inputs[HIDDEN][first : first + len(features)] = features
+                for places, features in merged:
+                    inputs[HIDDEN][places] = features
         self.rows.stage = stage
         return inputs
 
@@ -207,9 +207,9 @@ class PruningStep:
         with self._stats.time(Op.SELECT):
             return selection.choose(dropped, attention)
 
-    def _choose_images(self, hidden: Tensor) -> dict[int, Tensor]:
-        """Choose from the images of the step; return what becomes of their rows at stage 0."""
-        merged = {}
+    def _choose_images(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Choose from the images of the step; return what becomes of which rows at stage 0."""
+        merged = []
         for selection in self.images:
             begin = int(self.rows.starts(-1)[selection.index])
             with self._stats.time(Op.SELECT):
@@ -218,7 +218,7 @@ class PruningStep:
                 )
             self._known[selection.index] = rows
             first = int(self.rows.starts(0)[selection.index])
-            merged.update({first + place: features for place, features in replaced.items()})
+            merged += [(first + places, features) for places, features in replaced]
         return merged
 
 

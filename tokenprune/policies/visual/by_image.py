@@ -21,14 +21,32 @@ class ImagePlan:
     """How many tokens of one image each stage keeps.
 
     Attributes:
-        start: Prompt position of its first token.
-        end: Position after its last token.
+        spans: Half-open ranges of prompt positions of its tokens, ascending; more than one where
+            text stands between them, as between the frames of some videos.
         kept: Its tokens kept, per engine stage.
     """
 
-    start: int
-    end: int
+    spans: tuple[tuple[int, int], ...]
     kept: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        """Prompt position of its first token."""
+        return self.spans[0][0]
+
+    @property
+    def end(self) -> int:
+        """Position after its last token."""
+        return self.spans[-1][1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens."""
+        return sum(end - start for start, end in self.spans)
+
+    def held(self, stage: int) -> int:
+        """Return how many tokens from its first to its last a stage holds, text included."""
+        return self.end - self.start - self.num_tokens + self.kept[stage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +65,7 @@ class PerImage(VisualPlan):
     def dropped(self) -> tuple[DroppedOfImages, ...]:
         """Per engine stage, how many tokens of each image are not kept."""
         return tuple(
-            DroppedOfImages(tuple((i.start, i.end, i.kept[stage]) for i in self.images))
+            DroppedOfImages(tuple((i.start, i.end, i.held(stage)) for i in self.images))
             for stage in range(len(self.kept))
         )
 
@@ -143,8 +161,8 @@ class ImagePolicy(VisualPolicy):
                 f"{unsupported}",
                 "pruning.visual.method",
             )
-        spans = prompt.visual_spans
-        longest = max(end - start for start, end in spans)
+        images = prompt.spans_of_images()
+        longest = max(spans[-1][1] - spans[0][0] for spans in images)
         if longest > engine.max_num_batched_tokens:
             raise PlanSkipped(
                 "image_exceeds_batch",
@@ -153,8 +171,9 @@ class ImagePolicy(VisualPolicy):
                 "raise --max-num-batched-tokens or use another method",
                 "pruning.visual.method",
             )
-        images = tuple(
-            ImagePlan(start, end, kept_per_stage(end - start, cuts, engine)) for start, end in spans
+        plans = tuple(
+            ImagePlan(spans, kept_per_stage(sum(e - s for s, e in spans), cuts, engine))
+            for spans in images
         )
-        kept = tuple(sum(i.kept[stage] for i in images) for stage in range(engine.num_stages))
-        return PerImage(self, cuts, kept, images)
+        kept = tuple(sum(plan.kept[stage] for plan in plans) for stage in range(engine.num_stages))
+        return PerImage(self, cuts, kept, plans)
