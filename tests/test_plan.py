@@ -229,7 +229,7 @@ SMALL = {"method": "lagkv", "sink": 16, "lag": 64}
         ),
         pytest.param({"visual": {"method": "uniform"}}, IMAGE_AT_100, 100, 100, id="ranks"),
         pytest.param({"visual": {"method": "vflowopt"}}, IMAGE_AT_100, 100, 100, id="images"),
-        pytest.param({"visual": {"method": "transprune"}}, IMAGE_AT_100, 100, 100, id="whole-prompt"),
+        pytest.param({"visual": {"method": "transprune"}}, IMAGE_AT_100, 100, 100, id="whole"),
         pytest.param(
             {"visual": {"method": "uniform"}, "kv": SMALL | {"when": "chunk", "lag": 32}},
             IMAGE_AT_100,

@@ -41,6 +41,7 @@ class Engine:
     def __init__(self, checkpoint: Path, *, pruning: bool = True, **arguments: Any) -> None:
         self.hits: list[int] = []
         from vllm import LLM
+        from vllm.distributed import parallel_state
 
         defaults: dict[str, Any] = {
             "dtype": "float32",
@@ -59,6 +60,9 @@ class Engine:
         # machine; once an engine runs, vLLM refuses another number
         if torch.get_num_threads() > 1:
             torch.set_num_threads(1)
+        if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+            # the groups of the first engine serve all, and it may have had no experts
+            parallel_state._EP = parallel_state._TP
         self.llm = LLM(str(checkpoint), **(defaults | arguments))
 
     @property

@@ -191,7 +191,7 @@ def test_a_dataclass_has_the_fields_we_read(path, fields):
         ("vllm.v1.core.sched.scheduler:Scheduler", "vllm_config"),
         ("vllm.v1.core.sched.scheduler:Scheduler", "block_size"),
         (KV_MANAGER, "coordinator enable_caching"),
-        (MANAGER, "kv_cache_spec req_to_blocks block_size block_pool"),
+        (MANAGER, "kv_cache_spec req_to_blocks block_size block_pool num_cached_block"),
         (MANAGER, "new_block_ids records_new_block_ids"),
         ("vllm.v1.core.kv_cache_utils:KVCacheBlock", "block_id ref_cnt block_hash"),
         ("vllm.model_executor.layers.attention.attention:Attention", "kv_cache impl"),

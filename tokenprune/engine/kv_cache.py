@@ -79,6 +79,8 @@ class StagedManager(FullAttentionManager):
         max_step: Most tokens of one request in one step.
         private_rows: Decides for all groups together; None while there is no prefix cache.
         moved_rows: Per request, the blocks that its row moves to in the step being scheduled.
+        hashed_in_step: Ids of blocks that are computed in the step being scheduled and can be found
+            already; None where nobody asks.
     """
 
     kv_cache_spec: StagedAttentionSpec
@@ -92,6 +94,7 @@ class StagedManager(FullAttentionManager):
         self.moved_rows: dict[str, list[KVCacheBlock]] = {}
         self._last_step: tuple[RequestPlan | None, int, int] = (None, 0, 0)
         self._last_peak = 0
+        self.hashed_in_step: set[int] | None = None
         # requests of which nothing is hashed any more
         self._closed: set[str] = set()
         # requests whose row of this stage has been rewritten; it is asked often, and stays so
@@ -263,7 +266,15 @@ class StagedManager(FullAttentionManager):
             if request.request_id in self._closed:
                 return
             num_tokens = min(num_tokens, plan.shared_tokens)
+        if self.hashed_in_step is None:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+            return
+        before = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
+        after = self.num_cached_block.get(request.request_id, 0)
+        if after > before:
+            row = self.req_to_blocks[request.request_id]
+            self.hashed_in_step.update(block.block_id for block in row[before:after])
 
     def _cache_partial_tail_block(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """Hash no block in part that will be rewritten: a row is moved by whole blocks."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
@@ -101,10 +104,18 @@ class PruningScheduler(AsyncScheduler):
         blocks, num_computed, *rest = hit
         # physical lengths know whole blocks of a hit only
         longest = plan.longest_hit // self.block_size * self.block_size
+        if plan.waiting_rows(request.num_prompt_tokens):
+            longest = min(longest, self._num_written(blocks.blocks[0]))
         if num_computed <= longest and num_computed % self.block_size == 0:
             return hit
         longest = min(longest, num_computed // self.block_size * self.block_size)
         return self.kv_cache_manager.truncate_computed_blocks(blocks, longest), longest, *rest
+
+    def _num_written(self, hit: Sequence[KVCacheBlock]) -> int:
+        """Return the tokens of a hit whose keys are there before the coming step."""
+        hashed = self._managers[0].hashed_in_step or ()
+        written = takewhile(lambda block: block.block_id not in hashed, hit)
+        return sum(1 for _ in written) * self.block_size
 
     def _try_schedule_encoder_inputs(
         self,
@@ -132,6 +143,8 @@ class PruningScheduler(AsyncScheduler):
         """Free what the last step emptied, schedule a step, and say which lengths are expected."""
         self._waiting_budget.begin_step()
         self._private_rows.begin_step()
+        if self._managers:
+            self._managers[0].hashed_in_step = set()
         for request in self.running:
             plan = self._plans.get(request.request_id)
             if plan is not None and plan.lengths.frees_blocks:
