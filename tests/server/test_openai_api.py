@@ -22,6 +22,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from bench.load.bodies import draw_bodies
+from bench.load.fuzz import send_all
 from tests.server.doors import DOORS, Door
 from tokenprune.demo.checkpoint import build_checkpoint
 
@@ -642,6 +644,17 @@ def test_figures_of_a_last_answer_reach_the_page_although_no_request_follows(
         running.result()
     assert saved > 0, "shown while it runs"
     assert server.metrics()["tokenprune_kv_bytes_saved"] == 0
+
+
+def test_drawn_bodies_are_answered_or_refused(server: Server) -> None:
+    # `python -m bench.load.fuzz` sends ten thousand of them
+    outcomes = send_all(server.base_url, draw_bodies(20, 150))
+    assert outcomes.wrong == []
+    assert sum(outcomes.counts.values()) == 150
+    statuses = {name.rpartition(" ")[2] for name in outcomes.counts}
+    assert statuses == {"200", "400"}
+    assert server.metrics()["tokenprune_kv_bytes_saved"] == 0
+    assert all(p.is_running() for p in server.workers())
 
 
 # the last one of this module: where it fails, the server is gone

@@ -47,6 +47,12 @@ class LocalServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._opener = build_opener(ProxyHandler({}))
 
+    @property
+    def pid(self) -> int:
+        """Id of the server's first process, once it is started."""
+        assert self._process is not None, "the server must be started"
+        return self._process.pid
+
     def __enter__(self) -> LocalServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
