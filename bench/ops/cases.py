@@ -94,11 +94,15 @@ def visual_of(n: int, device: str) -> Tensor:
     return (position >= 16) & (position < n - TEXT_ROWS)
 
 
-def transition_scores(draw: Draw, *, n: int, d: int) -> Call:
+def transitions(op: str) -> Callable[..., Call]:
     """Rows of a whole prompt."""
-    tensors = {"x_in": draw.normal(n, d), "x_out": draw.normal(n, d)}
-    tensors["visual"] = visual_of(n, draw.device)
-    return Call("transition_scores", tensors, {"scope": "all"})
+
+    def build(draw: Draw, *, n: int, d: int) -> Call:
+        tensors = {"x_in": draw.normal(n, d), "x_out": draw.normal(n, d)}
+        tensors["visual"] = visual_of(n, draw.device)
+        return Call(op, tensors, {"scope": "all"})
+
+    return build
 
 
 def instruction_attention(draw: Draw, *, n: int, hq: int, hkv: int, dh: int) -> Call:
@@ -202,16 +206,14 @@ CACHES = {
     "qwen2-7b": {"h": 4, "n": 4096, "d": 128},
     "qwen3-8b": {"h": 8, "n": 4096, "d": 128},
 }
+PROMPTS = {
+    "llava-1.5-7b": {"n": 640, "d": 4096},
+    "llava-next-7b": {"n": 2944, "d": 4096},
+    "qwen2-7b": {"n": 1280, "d": 3584},
+}
 BENCHES = {
-    "transition_scores": Bench(
-        transition_scores,
-        {
-            "llava-1.5-7b": {"n": 640, "d": 4096},
-            "llava-next-7b": {"n": 2944, "d": 4096},
-            "qwen2-7b": {"n": 1280, "d": 3584},
-        },
-        {"n": 90, "d": 200},
-    ),
+    "transition_scores": Bench(transitions("transition_scores"), PROMPTS, {"n": 90, "d": 200}),
+    "transition_terms": Bench(transitions("transition_terms"), PROMPTS, {"n": 90, "d": 200}),
     "instruction_attention": Bench(
         instruction_attention,
         {

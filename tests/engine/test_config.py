@@ -331,7 +331,7 @@ def test_a_step_holds_no_more_of_a_prompt_than_its_budget(name, threshold, limit
     ("change", "reason"),
     [
         pytest.param({"is_multimodal_model": False}, "takes no images", id="text-model"),
-        pytest.param({"architecture": "Other"}, "not among LlavaFor", id="architecture"),
+        pytest.param({"architecture": "Other"}, "LlavaForConditionalGeneration", id="architecture"),
         pytest.param(
             {"hf_text_config": SimpleNamespace(num_hidden_layers=32, model_type="gemma")},
             "'gemma' is not among llama",

@@ -299,6 +299,25 @@ CASES = {
         ),
         "empty": Case(rows_of(0, 4)),
     },
+    "transition_terms": {
+        "usual": Case(
+            rows_of(37, 12),
+            spoilt=("x_in", "x_out"),
+            is_legal=lambda terms: all(is_within(x, 0, 1e6) for x in terms),
+        ),
+        "all-rows": Case(
+            rows_of(37, 12),
+            {"scope": "all", "signed": True},
+            ("x_in", "x_out"),
+            is_legal=lambda terms: all(is_within(x, 0, 1e6) for x in terms),
+        ),
+        "one": Case(
+            rows_of(1, 1),
+            spoilt=("x_in", "x_out"),
+            is_legal=lambda terms: all(is_within(x, 0, 1e6) for x in terms),
+        ),
+        "empty": Case(rows_of(0, 4)),
+    },
 }
 EVERY = [(op, size) for op, sizes in CASES.items() for size in sizes]
 SPOILT = [
