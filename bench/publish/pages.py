@@ -20,6 +20,7 @@ from bench.publish.equal_work import equal_work
 from bench.publish.methods import figures, parameters
 from bench.publish.models import models
 from bench.publish.quality_tables import committed
+from bench.publish.support import support
 from bench.quality.cells import AXES
 from tokenprune.demo.builtin import FOLDER
 from tokenprune.errors import TokenPruneError
@@ -47,6 +48,7 @@ def blocks() -> dict[str, dict[str, str]]:
             "capacity": capacity.markdown(json.loads((RESULTS / "capacity-cpu.json").read_text())),
         },
         "docs/models.md": {"models": models()},
+        "docs/support.md": {"support": support(ROOT / "tests")},
     }
     for axis in POLICY_AXES:
         for name, policy in methods(axis).items():

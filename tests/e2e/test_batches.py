@@ -70,6 +70,7 @@ def test_a_mixed_batch_in_any_order_equals_each_request_alone(
     assert engine.is_idle
 
 
+@pytest.mark.proves("prefix cache")
 @every_order
 def test_one_after_the_other_with_a_warm_prefix_cache_equals_each_alone(
     engine: Engine, axis: Axis, alone: list[Answer], seed: int
@@ -145,6 +146,9 @@ def test_aborting_mid_generation_returns_every_block(engine: Engine, axis: Axis)
     assert engine.is_idle
 
 
+@pytest.mark.proves(
+    "preemption", "transprune", "visual/uniform", "vflowopt", "lagkv", "streaming", "think"
+)
 @every_crowd
 def test_preempted_requests_end_as_if_they_had_run_alone(
     cramped: Engine, axis: Axis, crowd: str
@@ -171,6 +175,7 @@ def test_random_requests_leave_no_block_behind(cramped: Engine, axis: Axis) -> N
     assert cramped.is_idle
 
 
+@pytest.mark.proves("chunked prefill", "visual/uniform", "visual/random")
 @pytest.mark.parametrize("axis", [VISUAL], ids=str)
 @pytest.mark.parametrize("method", ["uniform", "random"])
 @pytest.mark.parametrize("layers", [None, [0, 3]], ids=["published", "before-layer-0"])
@@ -185,6 +190,7 @@ def test_chunked_prefill_equals_prefill_in_one_step(
     assert cramped.blocks_missing == 0
 
 
+@pytest.mark.proves("n", "lagkv")
 @pytest.mark.parametrize("axis", [KV], ids=str)
 def test_several_choices_of_one_prompt_evict_each_for_itself(engine: Engine) -> None:
     from vllm import SamplingParams

@@ -103,6 +103,7 @@ def test_engine_keeps_the_channels_that_float64_scores_keep(
     assert found == expected
 
 
+@pytest.mark.proves("chunked prefill", "think")
 def test_chunks_of_the_prompt_end_at_the_same_channels(
     wide_heads: Path, answers: dict[str, Answer]
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_neighbour_that_evicts_nothing_equals_the_loop(
     assert_like_oracle(oracle, Ask(DESCRIBE, (1,), None, 40), answers["off"])
 
 
+@pytest.mark.proves("chunked prefill", "lagkv", "streaming")
 @pytest.mark.parametrize("method", ["lagkv", "streaming"])
 def test_evicting_after_each_chunk_equals_the_loop_in_chunks(
     chunked: Engine, oracle: Oracle, method: str

@@ -25,6 +25,7 @@ ASKS = [
 ]
 
 
+@pytest.mark.proves("tensor parallel", "visual/uniform", "transprune", "vflowopt")
 def test_two_ranks_answer_like_one(engine: Engine, checkpoint: Path) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -164,6 +164,7 @@ def chunks_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.proves("chunked prefill", "vflowopt")
 @pytest.mark.parametrize("name", CHUNKED)
 def test_chunked_prefill_equals_prefill_in_one_step(
     answers: dict[str, Answer], cramped: Engine, name: str, monkeypatch: pytest.MonkeyPatch

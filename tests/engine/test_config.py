@@ -327,6 +327,7 @@ def test_a_step_holds_no_more_of_a_prompt_than_its_budget(name, threshold, limit
     assert shape.max_num_batched_tokens == limit
 
 
+@pytest.mark.proves("sliding window", "visual/", refused="the decoder has sliding-window")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -347,6 +348,7 @@ def test_models_whose_visual_tokens_cannot_be_pruned_are_served_in_one_stage(cha
     assert shape.boundaries == (0,)
 
 
+@pytest.mark.proves("LoRA", "visual/", refused="LoRA adapters are enabled")
 def test_lora_leaves_visual_tokens_alone():
     shape = engine_shape(config(lora_config=object()))
     assert "LoRA" in shape.unsupported["visual"]
@@ -413,6 +415,13 @@ def text(**changes):
     return {"model_config": {"hf_text_config": SimpleNamespace(**values)}}
 
 
+@pytest.mark.proves(
+    "sliding window",
+    "kv/",
+    "channels/",
+    refused="it has layers that do not attend to the whole context",
+)
+@pytest.mark.proves("fp8 KV cache", "kv/", "channels/", refused="the KV cache is quantised")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -486,6 +495,7 @@ def test_a_plain_engine_is_served_by_our_classes():
     assert why_stock(config()) is None
 
 
+@pytest.mark.proves("speculative decoding", refused="it runs with speculative decoding")
 @pytest.mark.parametrize(
     ("changes", "what"),
     [

@@ -169,6 +169,7 @@ def test_a_picture_without_a_question_is_said(content: Any, lacks: bool) -> None
     assert read_body(body, parse_pruning("off")).notes == ()
 
 
+@pytest.mark.proves("beam search", refused="use_beam_search must be false with pruning")
 @pytest.mark.parametrize("key", ["use_beam_search", "background"])
 def test_what_the_default_leaves_alone_is_refused_when_asked_for(key: str) -> None:
     default = parse_pruning("balanced")

@@ -229,6 +229,7 @@ def test_a_stream_without_usage_still_has_the_header(server: Server) -> None:
     assert all(chunk.usage is None for chunk in raw.parse())
 
 
+@pytest.mark.proves("n", "visual/uniform")
 def test_every_choice_counts_its_own_tokens(server: Server) -> None:
     one = server.chat(pruning=UNIFORM, temperature=1, seed=1, extra_body={"ignore_eos": True})
     two = server.chat(pruning=UNIFORM, temperature=1, seed=1, n=2, extra_body={"ignore_eos": True})

@@ -16,7 +16,7 @@ from tokenprune.policies import AXES, methods
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 NAMES = [
     "README.md",
-    *("docs/quality.md", "docs/capacity.md", "docs/models.md"),
+    *("docs/quality.md", "docs/capacity.md", "docs/models.md", "docs/support.md"),
     *(f"docs/methods/{axis}-{name}.md" for axis in AXES for name in methods(axis)),
 ]
 
