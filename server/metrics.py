@@ -129,7 +129,8 @@ class EngineFigures(Collector):
         )
         yield _token_counter(
             "tokenprune_kv_tokens",
-            "KV slots of pruned requests, as the mean over the layers. written growing faster "
+            "KV slots of pruned requests, as the mean over the layers; what the prefix cache "
+            "brought is not among written. written growing faster "
             "than held memory means that tokens are evicted.",
             _total((e.kv_tokens for e in engines), dict.fromkeys(_KV, KVTokens())),
         )
