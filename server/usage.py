@@ -151,6 +151,9 @@ def add_to_whole(
 ) -> bytes:
     """Return a JSON answer with both blocks."""
     answer = json.loads(body)
+    # vLLM's routes answer `null` where they take the client to have left
+    if not isinstance(answer, dict):
+        return body
     _add(answer, record, engine, model)
     return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 

@@ -166,14 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_whole(options.out, "\n".join(lines) + "\n")
             print(json.dumps({**line, "wrong": len(outcomes.wrong)}), flush=True)
             if outcomes.wrong:
-                print(_last_traceback(server), file=sys.stderr)
+                print(last_traceback(server), file=sys.stderr)
             if state is not None:
                 print(server.log_tail(80), file=sys.stderr)
                 return 1
     return 0
 
 
-def _last_traceback(server: LocalServer) -> str:
+def last_traceback(server: LocalServer) -> str:
     """Return the log from its last traceback on."""
     _, mark, rest = server.log.read_text(errors="replace").rpartition("Traceback")
     return (mark + rest)[:8000]

@@ -12,6 +12,7 @@ from tokenprune.server.usage import (
     PromptRecord,
     RequestRecord,
     add_to_events,
+    add_to_whole,
     figures_block,
     header_value,
     words_block,
@@ -182,6 +183,10 @@ def test_the_closing_chunk_carries_the_blocks() -> None:
         "usage": {"total_tokens": 3, "pruning": FIGURES},
         "pruning": WORDS,
     }
+
+
+def test_an_answer_that_is_no_object_passes_unchanged() -> None:
+    assert add_to_whole(b"null", RECORD, ENGINE, MODEL) == b"null"
 
 
 def test_a_closing_event_that_holds_the_whole_answer_carries_them_inside() -> None:
