@@ -9,6 +9,12 @@ from typing import Any
 from tests.e2e.other_checkpoints import decoder_config, randomize
 
 _SIZE = 96
+_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 # InternVL's processor asks the tokenizer for these by name
 _NAMED_TOKENS = {
     "start_image_token": "<img>",
@@ -48,15 +54,7 @@ def _mistral3(tokenizer: Any) -> tuple[Any, Any, str]:
     )
 
     image, _, _ = _ids(tokenizer, "[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    vision = PixtralVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        head_dim=32,
-        image_size=_SIZE,
-        patch_size=8,
-    )
+    vision = PixtralVisionConfig(**_TOWER, head_dim=32, image_size=_SIZE, patch_size=8)
     config = Mistral3Config(
         text_config=MistralConfig(**decoder_config(tokenizer), sliding_window=None),
         vision_config=vision,
@@ -94,14 +92,7 @@ def _idefics3(tokenizer: Any) -> tuple[Any, Any, str]:
     )
     config = Idefics3Config(
         text_config={"model_type": "llama", **decoder_config(tokenizer)},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 48,
-            "patch_size": 8,
-        },
+        vision_config={**_TOWER, "image_size": 48, "patch_size": 8},
         image_token_id=image,
         scale_factor=2,
         tie_word_embeddings=False,
@@ -125,14 +116,7 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any, str]:
     image = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     config = InternVLConfig(
         text_config={"model_type": "qwen2", **decoder_config(tokenizer)},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": [48, 48],
-            "patch_size": [8, 8],
-        },
+        vision_config={**_TOWER, "image_size": [48, 48], "patch_size": [8, 8]},
         image_token_id=image,
         image_seq_length=9,
         downsample_ratio=0.5,

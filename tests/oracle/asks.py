@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,14 @@ def visual(method: str, keep_ratio: float = 0.25, **parameters: Any) -> dict[str
     """Return the flat keys of visual pruning."""
     keys = {"method": method, "keep_ratio": keep_ratio, **parameters}
     return {f"pruning_visual_{k}": v for k, v in keys.items()}
+
+
+def cuts(
+    method: str, layers: Sequence[int], ratios: Sequence[float], **parameters: Any
+) -> dict[str, Any]:
+    """Return the flat keys of visual pruning by a schedule of its own."""
+    own = {"method": method, "prune_layers": layers, "keep_ratios": ratios, **parameters}
+    return {f"pruning_visual_{k}": v for k, v in own.items()}
 
 
 def vflowopt(keep_ratio: float | None = 0.3, **parameters: Any) -> dict[str, Any]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.e2e.plain_checkpoints import build_plain
 from tests.e2e.support import Engine
-from tests.oracle.asks import TEXT, Ask, vflowopt, visual
+from tests.oracle.asks import TEXT, Ask, cuts, vflowopt, visual
 from tests.oracle.loop import Oracle
 from tests.oracle.request import assert_like_oracle, compare
 from tokenprune.shape import EngineShape
 
 SHAPE = EngineShape(4, (0, 1, 2), 2048)
-
-
-def cuts(method: str, layers: Sequence[int], ratios: Sequence[float]) -> dict[str, Any]:
-    """Return the flat keys of a schedule of its own."""
-    own = {"method": method, "prune_layers": layers, "keep_ratios": ratios}
-    return {f"pruning_visual_{key}": value for key, value in own.items()}
 
 
 def cases(image: str) -> list[Ask]:

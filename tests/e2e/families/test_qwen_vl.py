@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from PIL import Image
 
 from tests.e2e.other_checkpoints import IMAGE, build, served
 from tests.e2e.support import Engine
-from tests.oracle.asks import TEXT, Ask, image, vflowopt, visual
+from tests.oracle.asks import TEXT, Ask, cuts, image, vflowopt, visual
 from tests.oracle.checkpoint import film_metadata
 from tests.oracle.loop import Oracle
 from tests.oracle.request import assert_like_oracle, compare
@@ -25,14 +24,6 @@ NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 SHAPE = EngineShape(4, (0, 1, 2), 2048)
 ONE = f"USER: {IMAGE}\nWhat is in the picture?\nASSISTANT:"
 TWO = f"USER: {IMAGE}\nand\n{IMAGE}\nWhich one is brighter, and why?\nASSISTANT:"
-
-
-def cuts(
-    method: str, layers: Sequence[int], ratios: Sequence[float], **keys: Any
-) -> dict[str, Any]:
-    """Return the flat keys of a schedule of its own."""
-    own = {"method": method, "prune_layers": layers, "keep_ratios": ratios, **keys}
-    return {f"pruning_visual_{key}": value for key, value in own.items()}
 
 
 CASES = [
