@@ -24,9 +24,9 @@ from typing import Any
 
 import httpx
 
-from bench.common import manifest, write_whole
+from bench.common import manifest
 from bench.load.bodies import draw_bodies
-from bench.load.server import holdings, make_server
+from bench.load.server import BatchLog, check_idle, holdings, make_server, show_trouble
 from tokenprune.demo.local_server import LocalServer
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "load" / "fuzz.jsonl"
@@ -98,31 +98,6 @@ def _wrong(response: httpx.Response) -> str | None:
     return None
 
 
-def check_idle(server: LocalServer, pids: Sequence[int]) -> str | None:
-    """Return what is wrong with a server that should be healthy and idle, or None."""
-    if [h.pid for h in holdings(server)] != list(pids):
-        return "a process ended"
-    # the last answers' blocks go with the step after them
-    for _ in range(100):
-        samples = server.metrics()
-        busy = {
-            name: value
-            for (name, _), value in samples.items()
-            if name
-            in (
-                "vllm:num_requests_running",
-                "vllm:num_requests_waiting",
-                "vllm:kv_cache_usage_perc",
-                "tokenprune_kv_bytes_saved",
-            )
-            and value
-        }
-        if not busy:
-            return None
-        time.sleep(0.1)
-    return f"not idle: {busy}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, or go on with a run."""
     parser = argparse.ArgumentParser("bench.load.fuzz", description=__doc__.split("\n")[0])
@@ -132,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
-    lines = options.out.read_text().splitlines() if options.out.exists() else []
-    done = len(lines)
+    log = BatchLog(options.out)
     deadline = time.monotonic() + options.seconds
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -141,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         server.wait_until_ready()
         pids = [h.pid for h in holdings(server)]
-        for number in range(done, -(-options.bodies // options.batch)):
+        for number in range(log.num_batches, -(-options.bodies // options.batch)):
             if time.monotonic() > deadline:
                 break
             started = time.monotonic()
@@ -149,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcomes = send_all(
                 server.url, draw_bodies(options.seed * 1_000_000 + number, options.batch)
             )
-            state = check_idle(server, pids)
+            state, held = check_idle(server, pids), holdings(server)
             line = {
                 "batch": number,
                 "bodies": options.batch,
@@ -158,25 +132,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "wrong": outcomes.wrong,
                 "state": state,
                 "failures": _failures(server),
-                "rss_mb": {h.name: h.rss_mb for h in holdings(server)},
-                "handles": {h.name: h.handles for h in holdings(server)},
+                "rss_mb": {h.name: h.rss_mb for h in held},
+                "handles": {h.name: h.handles for h in held},
                 **({"manifest": manifest("bench.load.fuzz", options.seed)} if not number else {}),
             }
-            lines.append(json.dumps(line))
-            write_whole(options.out, "\n".join(lines) + "\n")
+            log.add(line)
             print(json.dumps({**line, "wrong": len(outcomes.wrong)}), flush=True)
-            if outcomes.wrong:
-                print(last_traceback(server), file=sys.stderr)
+            show_trouble(server, outcomes.wrong, state)
             if state is not None:
-                print(server.log_tail(80), file=sys.stderr)
                 return 1
     return 0
-
-
-def last_traceback(server: LocalServer) -> str:
-    """Return the log from its last traceback on."""
-    _, mark, rest = server.log.read_text(errors="replace").rpartition("Traceback")
-    return (mark + rest)[:8000]
 
 
 def _failures(server: LocalServer) -> float:

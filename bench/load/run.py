@@ -30,10 +30,9 @@ from typing import Any
 
 import httpx
 
-from bench.common import manifest, write_whole
+from bench.common import manifest
 from bench.load.bodies import MODEL, picture
-from bench.load.fuzz import check_idle, last_traceback
-from bench.load.server import holdings, make_server
+from bench.load.server import BatchLog, check_idle, holdings, make_server, show_trouble
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "load"
 LIMIT_SECONDS = 180.0
@@ -69,9 +68,6 @@ def request(rng: random.Random, method: str) -> dict[str, Any]:
         body["pruning"] = {k: v for kind in kinds for k, v in METHODS[kind].items()}
     elif method not in PLAIN:
         body["pruning"] = METHODS[method]
-    # scored in one step: what is longer is a 400
-    if "transprune" in json.dumps(body.get("pruning", {})) and words > 60:
-        body["pruning"] = {k: v for k, v in body["pruning"].items() if k != "visual"}
     return body
 
 
@@ -187,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--concurrency", type=int, default=48)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    out = options.out or RESULTS / f"{options.method}.jsonl"
-    lines = out.read_text().splitlines() if out.exists() else []
+    log = BatchLog(options.out or RESULTS / f"{options.method}.jsonl")
     deadline = time.monotonic() + options.seconds
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -198,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = holdings(server)
         load = Load(server.url, options.method)
         started: Any = [asdict(h) for h in first]
-        for number in range(len(lines), -(-options.requests // options.batch)):
+        for number in range(log.num_batches, -(-options.requests // options.batch)):
             if time.monotonic() > deadline:
                 break
             begin = time.monotonic()
@@ -206,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             load.wrong.clear()
             seed = f"{options.seed}/{options.method}/{number}"
             asyncio.run(load.run(seed, options.batch, options.concurrency))
-            state = check_idle(server, [h.pid for h in first])
+            state, held = check_idle(server, [h.pid for h in first]), holdings(server)
             samples = server.metrics().items()
             line = {
                 "batch": number,
@@ -216,19 +211,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "wrong": load.wrong,
                 "state": state,
                 "preemptions": sum(v for (k, _), v in samples if k == "vllm:num_preemptions_total"),
-                "held": [asdict(h) for h in holdings(server)],
+                "held": [asdict(h) for h in held],
                 "started": started,
                 **({} if number else {"manifest": manifest("bench.load.run", options.seed)}),
             }
             started = None
-            lines.append(json.dumps(line))
-            write_whole(out, "\n".join(lines) + "\n")
+            log.add(line)
             shown = {k: line[k] for k in ("batch", "seconds", "counts", "wrong", "state")}
-            print(json.dumps(shown), {h.name: h.rss_mb for h in holdings(server)}, flush=True)
-            if load.wrong:
-                print(last_traceback(server), file=sys.stderr)
+            print(json.dumps(shown), {h.name: h.rss_mb for h in held}, flush=True)
+            show_trouble(server, load.wrong, state)
             if state is not None:
-                print(server.log_tail(80), file=sys.stderr)
                 return 1
     return 0
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from bench.common import write_whole
 from bench.load.bodies import BOUNDARIES, MODEL
 from bench.serving.load import StockServer
 from tokenprune.demo.checkpoint import build_checkpoint
@@ -66,3 +71,59 @@ def holdings(server: LocalServer) -> list[Holding]:
             held = process.memory_info().rss / 2**20
             found.append(Holding(name, process.pid, round(held, 1), process.num_fds()))
     return found
+
+
+def check_idle(server: LocalServer, pids: Sequence[int]) -> str | None:
+    """Return what is wrong with a server that should be healthy and idle, or None."""
+    if [h.pid for h in holdings(server)] != list(pids):
+        return "a process ended"
+    # the last answers' blocks go with the step after them
+    for _ in range(100):
+        samples = server.metrics()
+        busy = {
+            name: value
+            for (name, _), value in samples.items()
+            if name
+            in (
+                "vllm:num_requests_running",
+                "vllm:num_requests_waiting",
+                "vllm:kv_cache_usage_perc",
+                "tokenprune_kv_bytes_saved",
+            )
+            and value
+        }
+        if not busy:
+            return None
+        time.sleep(0.1)
+    return f"not idle: {busy}"
+
+
+class BatchLog:
+    """A file with a line for each batch, so that a run which was ended goes on where it stopped.
+
+    Args:
+        path: The file; made with the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines = path.read_text().splitlines() if path.exists() else []
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that are done."""
+        return len(self._lines)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Write what came of one more batch."""
+        self._lines.append(json.dumps(line))
+        write_whole(self._path, "\n".join(self._lines) + "\n")
+
+
+def show_trouble(server: LocalServer, wrong: Sequence[Any], state: str | None) -> None:
+    """Print what the server's log says of wrong answers, and of a state that must not be."""
+    if wrong:
+        _, mark, rest = server.log.read_text(errors="replace").rpartition("Traceback")
+        print((mark + rest)[:8000], file=sys.stderr)
+    if state is not None:
+        print(server.log_tail(80), file=sys.stderr)

@@ -13,8 +13,7 @@ import psutil
 import pytest
 
 from bench.load.bodies import MODEL, picture
-from bench.load.fuzz import check_idle
-from bench.load.server import holdings, make_server
+from bench.load.server import check_idle, holdings, make_server
 from tokenprune.demo.local_server import LocalServer
 
 pytestmark = pytest.mark.vllm
