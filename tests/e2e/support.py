@@ -102,7 +102,10 @@ class Engine:
     def rows_waiting(self) -> int:
         """Rows of prompts that wait in the worker."""
         staged = self.runner._staged
-        return 0 if staged is None else staged._pool.num_rows - staged._pool.num_free
+        if staged is None:
+            return 0
+        pool = staged._waiting.pool
+        return pool.num_rows - pool.num_free
 
     def stats(self) -> dict[str, Any]:
         """Return what the worker has counted since it started."""

@@ -67,7 +67,6 @@ class StagedPrefill:
         self._device = device
         self._stats = stats
         self._guard = PolicyGuard(stats)
-        self._pool = pool
         self._waiting = WaitingPrompts(pool)
         self.caches: Mapping[Any, CacheLayer] = {}
         self._step: PruningStep | None = None
@@ -90,7 +89,7 @@ class StagedPrefill:
         pruning = PruningStep(
             step,
             self._shape.max_num_batched_tokens,
-            self._pool,
+            self._waiting.pool,
             self._probe,
             self._cached_keys,
             self._device,

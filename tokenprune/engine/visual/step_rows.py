@@ -132,14 +132,11 @@ class StepRows:
 def gathered(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     """Return a layer's inputs with some of the rows of every tensor that has a row per token."""
     num_rows = len(inputs[HIDDEN])
-    return {
-        name: value[..., rows]
-        if name == POSITIONS
-        else value[rows]
-        if _has_rows(value, num_rows)
-        else value
-        for name, value in inputs.items()
-    }
+    kept = {POSITIONS: inputs[POSITIONS][..., rows]}
+    for name, value in inputs.items():
+        if name != POSITIONS and _has_rows(value, num_rows):
+            kept[name] = value[rows]
+    return {**inputs, **kept}
 
 
 def _has_rows(value: Any, num_rows: int) -> bool:
