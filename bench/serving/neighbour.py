@@ -36,7 +36,7 @@ def server_arguments(options):
     return [
         *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
         *("--max-num-batched-tokens", str(options.max_num_batched_tokens)),
-        *("--max-model-len", "8192", "--kv-cache-memory-bytes", str(512 << 20)),
+        *("--max-model-len", "4096", "--kv-cache-memory-bytes", str(512 << 20)),
         *("--limit-mm-per-prompt", json.dumps({"image": options.images})),
     ]
 
