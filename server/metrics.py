@@ -82,7 +82,7 @@ def count_served(record: RequestRecord, engine: EngineShape, model: ModelShape) 
         if visual is not None:
             scores = visual.policy.score_macs(visual, entry.prompt, engine, model)
         flops = prefill_flops(plan.lengths, engine, model, scores)
-        # every choice of a pruned prompt is prefilled by itself
+        # as if every choice were prefilled by itself: what the prefix cache brings is in neither
         _FULL.inc(flops[0] * len(entry.completions))
         _SPENT.inc(flops[1] * len(entry.completions))
         _totals[0] += flops[0] * len(entry.completions)

@@ -68,7 +68,7 @@ def proofs(tests: Path) -> Iterator[Proof]:
 
 
 def support(tests: Path) -> str:
-    """Return the matrix, and what stands behind its cells."""
+    """Return the matrix, and the tests that its cells name."""
     found = list(proofs(tests))
     columns = [(axis, method) for axis in AXES for method in methods(axis)]
     lines = [f"| | {' | '.join(f'{axis} `{method}`' for axis, method in columns)} |"]

@@ -62,7 +62,7 @@ def test_evicting_after_each_chunk_equals_the_loop_in_chunks(
     chunked: Engine, oracle: Oracle, method: str
 ) -> None:
     ask = Ask(STORY, (), kv(method, when="chunk"), max_tokens=40)
-    # behind a cached prefix other chunks would follow
+    # after a cached prefix other chunks would follow
     chunked.llm.reset_prefix_cache()
     (answer,) = chunked.ask(ask)
     found = assert_like_oracle(oracle, ask, answer, chunk=CHUNK)

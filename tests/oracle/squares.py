@@ -52,7 +52,7 @@ def importance_of_squares(
 def _last_attention(tower: Any, pixels: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return rotated queries and keys `[n, H, D]` of the last layer, and whose squares they are.
 
-    In which order the tower holds its squares shows in what it does behind its last module: an
+    In which order the tower holds its squares shows in what it does after its last module: an
     output row is somewhere among the merger's.
     """
     attention, seen = tower.blocks[-1].attn, {}

@@ -62,7 +62,7 @@ def test_frames_with_text_between_them_are_one_video():
         (((2, 12), (15, 25)), 10),
         (((30, 40),), 5),
     ]
-    # a chunk ends before the video or behind it, and the text between its frames is held
+    # a chunk ends before the video or after it, and the text between its frames is held
     assert [plan.chunk_end(n) for n in (2, 13, 24, 25, 30, 39)] == [2, 2, 2, 25, 30, 30]
     lengths = PhysicalLengths(60, plan.dropped)
     assert [lengths.physical(n, 0) for n in (2, 25, 30, 40, 60)] == [2, 15, 20, 25, 45]

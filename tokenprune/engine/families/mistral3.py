@@ -1,4 +1,4 @@
-"""Mistral-3 with a Pixtral tower: each row of an image is a span, with a break behind it."""
+"""Mistral-3 with a Pixtral tower: each row of an image is a span, with a break after it."""
 
 from __future__ import annotations
 
