@@ -54,8 +54,10 @@ def process(server: LocalServer, name: str) -> psutil.Process:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[LocalServer]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
     """A server of one's own: most tests here end it."""
+    # engines of other tests stay in the test's process; this one has a worker that can be killed
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     with make_server(
         tmp_path, extra=["--api-key", KEY, "--shutdown-timeout", str(END_SECONDS)]
     ) as server:
